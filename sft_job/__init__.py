@@ -1,0 +1,33 @@
+"""Full-parameter fine-tuning of LLaMA-family chat models from one job file.
+
+    layer 0   errors          error kinds and exit codes
+    layer 1   config          the job file: schema, reading, overrides
+              cli             arguments, messages, requests to stop
+    layer 2   rundir          every name in the run directory and the cache
+    no torch  conversations   conversations: read, checked, cut to what can be trained on
+              templates       chat templates as data
+              batching        which samples make a step, and who computes them
+              hardware        what this machine has
+              attention       the attention kernels and the choice among them
+              workers         the training processes of one machine: started, watched, stopped
+              plan            everything derived from a job, in one place; `sft-job plan`
+    layer 3   world           the processes that train together, and what they agree on
+    torch     encode          text to ids and labels, once
+              dataset         token cache, samples, a rank's share of each step
+              varlen          attention over flattened samples
+              loss            cross-entropy of supervised positions, never the full logits
+              model           finding, converting, building and filling the model
+              metrics         one record per logged step
+              checkpoint      publishing, verifying and choosing checkpoints
+    layer 4   fsdp            FSDP2: shard, save, load, gather
+              zero3           DeepSpeed ZeRO-3: shard, save, load, gather
+              trainer         the Trainer subclass
+              export          the final model, written and verified
+    layer 5   train           `sft-job train`
+    entry     data            `sft-job data`
+              chat            `sft-job chat`
+
+A file imports only from its own layer and those before it; nobody imports layer 5.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,150 @@
+"""`sft-job data`: check, encode and look at the conversations of a job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from sft_job import cli, plan
+from sft_job.config import JobConfig, expand, load
+from sft_job.conversations import Conversation, read, trainable
+from sft_job.errors import DataError
+from sft_job.plan import find_prepared, lost_lines, prepared_key
+from sft_job.rundir import CacheDir, write_atomically
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sft-job data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("validate", help="read all conversations, list every fault")
+    encode = commands.add_parser("encode", help="make model and token cache ready, on any CPU")
+    look = commands.add_parser("show", help="one conversation token by token, trained ones marked")
+    look.add_argument("which", metavar="N", help="position (from 0) or id of the conversation")
+    for command in (check, encode, look):
+        cli.add_job_arguments(command)
+    args = parser.parse_args(argv)
+    config = load(args.job, args.overrides)
+    if args.command == "validate":
+        validate(config)
+    elif args.command == "encode":
+        encode_job(config)
+    else:
+        show(config, args.which)
+    return 0
+
+
+def validate(config: JobConfig) -> None:
+    """Read everything and print what would be trained on; torch-free.
+
+    Raises:
+        DataError: every fault of every file.
+    """
+    conversations = read([p for pattern in config.data.train for p in expand(pattern)])
+    lost: Counter[str] = Counter()
+    seen: set[Any] = set()
+    exchanges = kept = 0
+    for conversation in conversations:
+        lost["duplicate"] += conversation.turns in seen
+        seen.add(conversation.turns)
+        cut, losses = trainable(conversation)
+        lost += losses
+        if cut is not None:
+            kept += 1
+            exchanges += len(cut.exchanges)
+    print(f"{len(conversations):,} conversations read, {kept:,} to train on, {exchanges:,} answers")
+    if +lost:
+        print("\n".join(["not trained on:", *lost_lines(dict(sorted(lost.items())))]))
+    if not kept:
+        raise DataError(["no conversation has a complete exchange, there is nothing to train on"])
+
+
+def encode_job(config: JobConfig) -> plan.Prepared:
+    """Make everything ready that training reads from disk; prints what it found.
+
+    Raises:
+        DataError, ModelError: what is wrong with the data or the model.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not config.run.online:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    # Faults of the data are found in a second; torch alone takes longer to import.
+    ready = find_prepared(config)
+    if ready is None:
+        from sft_job import dataset, model
+
+        dataset.read_trainable(config)
+        cache = CacheDir(config.cache_dir)
+        folder = model.prepare_folder(config.model, cache, online=config.run.online)
+        tokenizer = model.load_tokenizer(folder, config.model.trust_remote_code)
+        model.check_converted(folder, dataset.read_trainable(config)[0])
+        data_folder = dataset.build(config, tokenizer)
+        stamp = {"model_folder": str(folder), "data_folder": str(data_folder)}
+        write_atomically(cache.prepared(prepared_key(config)), json.dumps(stamp, indent=2) + "\n")
+        ready = plan.read_prepared(stamp)
+    stats = ready.stats
+    tokens = f", {sum(stats.lengths):,} tokens" if stats.lengths is not None else ""
+    print(f"{stats.conversations:,} conversations -> {stats.samples:,} samples{tokens}")
+    print(f"model {ready.model_folder}\ndata  {ready.data_folder}")
+    return ready
+
+
+def show(config: JobConfig, which: str) -> None:
+    """Print one conversation token by token; what is trained on is green.
+
+    Raises:
+        DataError: no such conversation.
+    """
+    conversation = _choose(config, which)
+    from rich.console import Console
+    from rich.text import Text
+
+    from sft_job import dataset, model
+
+    if not config.run.online:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    cache = CacheDir(config.cache_dir)
+    folder = model.prepare_folder(config.model, cache, online=config.run.online)
+    tokenizer = model.load_tokenizer(folder, config.model.trust_remote_code)
+    encoder = dataset.encoder_of(config, tokenizer)
+    console = Console(highlight=False)
+    cut, lost = trainable(conversation)
+    samples = []
+    if cut is not None:
+        results, losses = encoder.encode([cut])
+        samples, lost = results[0], lost + losses
+    console.print(f"{conversation.where}: conversation {conversation.id!r}", markup=False)
+    for number, sample in enumerate(samples, 1):
+        if len(samples) > 1:
+            console.print(f"part {number} of {len(samples)}")
+        line = Text()
+        for token, trained in zip(sample.input_ids, sample.supervised, strict=True):
+            piece = tokenizer.convert_ids_to_tokens(int(token))
+            # Without colours (a pipe, a log) brackets mark the same.
+            plain = f"[{piece}]" if trained and not console.is_terminal else piece
+            line.append(plain + " ", style="bold green" if trained else "dim")
+        console.print(line)
+        trained_count = int(sample.supervised.sum())
+        console.print(f"{len(sample.input_ids)} tokens, {trained_count} trained on")
+    for text in lost_lines(lost):
+        console.print(text)
+
+
+def _choose(config: JobConfig, which: str) -> Conversation:
+    conversations = read([p for pattern in config.data.train for p in expand(pattern)])
+    named = [c for c in conversations if c.id == which]
+    if named:
+        return named[0]
+    if which.isdigit() and int(which) < len(conversations):
+        return conversations[int(which)]
+    raise DataError(
+        [f"no conversation with id or position {which!r}; there are {len(conversations):,}"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,117 @@
+"""The error kinds, and the exit code that each one ends the program with.
+
+    SftJobError                 1   something of ours went wrong
+    ├── UserError               2   the caller can mend it; printed without a traceback
+    │   ├── ConfigError             the job file or an override
+    │   ├── DataError               conversations
+    │   ├── ModelError              weights, tokenizer, architecture
+    │   ├── HardwareError           processors, precision, kernels
+    │   └── RunDirError             the run directory belongs to something else
+    ├── CheckpointError         1   saving or resuming
+    │   └── DiskSpaceError      1   no room for what must be written
+    ├── TrainingError           1   the numbers went wrong
+    ├── ExportError             1   the written model is not the trained one
+    └── WorkerError             1   a training process ended by itself
+    Interrupted                75   stopped on request, can be resumed (EX_TEMPFAIL)
+
+Every message says what, where, why and what next; `where` and `remedy` keep those
+parts apart so that no call site forgets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_INTERRUPTED = 75
+
+
+class SftJobError(Exception):
+    """Base of all errors that the user is shown as one message.
+
+    Args:
+        what: what is wrong and why, one sentence.
+        where: file and line, conversation and turn, or directory.
+        remedy: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(what, where, remedy)
+        self.what, self.where, self.remedy = what, where, remedy
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n  -> {self.remedy}" if self.remedy else head
+
+
+class UserError(SftJobError):
+    exit_code = 2
+
+
+class FaultList(UserError):
+    """Several faults of one input, all shown at once.
+
+    Args:
+        faults: one line each, each with its own place.
+        shown: at most so many lines are printed; the rest is counted.
+    """
+
+    noun = "faults"
+
+    def __init__(
+        self, faults: Sequence[str], *, remedy: str | None = None, shown: int = 30
+    ) -> None:
+        if not faults:
+            raise ValueError("a FaultList needs at least one fault")
+        lines = list(faults[:shown])
+        if len(faults) > shown:
+            lines.append(f"... and {len(faults) - shown} more")
+        if len(faults) > 1:
+            lines = [f"{len(faults)} {self.noun}:", *(f"  {line}" for line in lines)]
+        super().__init__("\n".join(lines), remedy=remedy)
+        self.faults = list(faults)
+
+
+class ConfigError(FaultList):
+    noun = "faults of the job file"
+
+
+class DataError(FaultList):
+    noun = "faults of the data"
+
+
+class ModelError(UserError):
+    pass
+
+
+class HardwareError(UserError):
+    pass
+
+
+class RunDirError(UserError):
+    pass
+
+
+class CheckpointError(SftJobError):
+    pass
+
+
+class DiskSpaceError(CheckpointError):
+    pass
+
+
+class TrainingError(SftJobError):
+    pass
+
+
+class ExportError(SftJobError):
+    pass
+
+
+class WorkerError(SftJobError):
+    pass
+
+
+class Interrupted(SftJobError):
+    exit_code = EXIT_INTERRUPTED

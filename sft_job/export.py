@@ -1,0 +1,212 @@
+"""The final model: safetensors in the compute dtype, tokenizer and chat template, verified.
+
+    RUN_DIR/model/
+      model-00001-of-0000N.safetensors, model.safetensors.index.json
+      config.json                use_cache true, RoPE scaling carried
+      generation_config.json     ends at the token that was trained as the end
+      tokenizer.json, ...        chat template equal to the training template
+
+Parameters come one at a time from all ranks (`full_parameters`); the main rank writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from sft_job.conversations import Exchange
+from sft_job.encode import Encoder
+from sft_job.errors import ExportError
+from sft_job.rundir import fsync_dir
+from sft_job.world import World
+
+SHARD_BYTES = 5 * 2**30
+
+
+def write(
+    folder: Path,
+    model: PreTrainedModel,
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    tokenizer: Any,
+    encoder: Encoder,
+    world: World,
+    *,
+    source: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write and verify the model; visible under its name only when it is good.
+
+    Args:
+        parameters: every parameter whole, in the same order on all ranks.
+        source: the folder that the job's model came from; its generation settings are kept.
+
+    Raises:
+        ExportError: what was written does not load as what was trained.
+    """
+    beside = folder.with_name(f".{folder.name}.tmp")
+    if world.is_main:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    digests: dict[str, str] = {}
+    writer = _ShardWriter(beside) if world.is_main else None
+    for name, value in parameters:
+        if writer is not None:
+            tensor = value.to("cpu", dtype).contiguous()
+            digests[name] = _digest(tensor)
+            writer.add(name, tensor)
+    if writer is not None:
+        writer.close()
+        _write_settings(beside, source, model, tokenizer, encoder, dtype)
+        _verify(beside, digests, tokenizer, encoder, trust_remote_code)
+        if folder.exists():  # an export that was stopped before the run was marked done
+            shutil.rmtree(folder)
+        beside.rename(folder)
+        fsync_dir(folder.parent)
+    world.barrier()
+
+
+class _ShardWriter:
+    """Collects tensors into safetensors files of at most SHARD_BYTES."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shard: dict[str, torch.Tensor] = {}
+        self._bytes = self._total = 0
+        self._files: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if self._shard and self._bytes + tensor.nbytes > SHARD_BYTES:
+            self._flush()
+        self._shard[name] = tensor
+        self._bytes += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def _part(self, index: int) -> Path:
+        return self.folder / f"part-{index}"
+
+    def _flush(self) -> None:
+        save_file(self._shard, self._part(len(self._files)), metadata={"format": "pt"})
+        self._files.append(list(self._shard))
+        self._shard, self._bytes = {}, 0
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self._files)
+        if count == 1:
+            self._part(0).rename(self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for index, names in enumerate(self._files):
+            file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            self._part(index).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index_file = self.folder / "model.safetensors.index.json"
+        metadata = {"total_size": self._total}
+        index_file.write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}))
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _write_settings(
+    folder: Path,
+    source: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    encoder: Encoder,
+    dtype: torch.dtype,
+) -> None:
+    config = model.config
+    config.use_cache = True
+    config.dtype = dtype  # else dtype="auto" would load it as float32
+    config.save_pretrained(folder)
+    has_generation = (source / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(source) if has_generation else GenerationConfig()
+    generation.eos_token_id = encoder.spec.end
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.pad_token_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else encoder.spec.end
+    )
+    generation.save_pretrained(folder)
+    tokenizer.chat_template = chat_template(tokenizer, encoder)
+    tokenizer.save_pretrained(folder)
+
+
+def chat_template(tokenizer: Any, encoder: Encoder) -> str:
+    """The Jinja template under which this tokenizer gives the training ids.
+
+    Raises:
+        ExportError: none does.
+    """
+    begin = tokenizer.bos_token if encoder.spec.begin else ""
+    # After a control token some tokenizers read the first word without its leading space.
+    for start in (begin, f"{begin} "):
+        template = encoder.template.jinja(start)
+        if not _template_faults(tokenizer, encoder, template):
+            return template
+    raise ExportError(
+        "the tokenizer gives other ids for the chat template than for training: "
+        + _template_faults(tokenizer, encoder, encoder.template.jinja(begin))[0]
+    )
+
+
+_PROBE = (Exchange("Hi there", "1. one\n2. two"), Exchange("And\n code?", "```\n  x\n```"))
+
+
+def _template_faults(tokenizer: Any, encoder: Encoder, template: str) -> list[str]:
+    """Prefixes of a probe conversation, with and without a system turn, that differ."""
+    faults = []
+    for system in (None, "Be brief."):
+        for count in range(len(_PROBE)):
+            ours = encoder.prompt(system, _PROBE[:count], _PROBE[count].user)
+            messages = as_messages(system, _PROBE[:count], _PROBE[count].user)
+            theirs = tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, return_dict=False
+            )
+            if ours != theirs:
+                faults.append(f"{theirs} instead of {ours}")
+    return faults
+
+
+def as_messages(
+    system: str | None, exchanges: Sequence[Exchange], question: str
+) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for exchange in exchanges:
+        messages.append({"role": "user", "content": exchange.user})
+        messages.append({"role": "assistant", "content": exchange.assistant})
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _verify(
+    folder: Path,
+    digests: dict[str, str],
+    tokenizer: Any,
+    encoder: Encoder,
+    trust_remote_code: bool,
+) -> None:
+    """Load the folder as a user would and compare every parameter with the trained one."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ExportError(f"the written model does not load completely: {info}", where=str(folder))
+    loaded = {name: _digest(p.detach().contiguous()) for name, p in model.named_parameters()}
+    differing = sorted(n for n in digests.keys() | loaded.keys() if digests.get(n) != loaded.get(n))
+    if differing:
+        raise ExportError(
+            f"{len(differing)} parameters of the written model differ from the trained ones, "
+            f"such as {differing[0]}",
+            where=str(folder),
+            remedy="the last checkpoint is good; run the job again to write the model again",
+        )

@@ -1,0 +1,549 @@
+"""Everything that is derived from a job, each value with its reason.
+
+`resolve` is pure. `sft-job plan` prints its result, `train` obeys it, the run directory
+stores it. It runs on a login node: no torch, no numpy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_job import attention, cli, hardware
+from sft_job.attention import Choice
+from sft_job.batching import Schedule, deal, idle_share
+from sft_job.config import JobConfig, LinearRope, expand, load
+from sft_job.errors import HardwareError, ModelError
+from sft_job.hardware import Hardware
+from sft_job.rundir import CacheDir, read_json
+
+# Raised whenever encoding or conversion changes what it writes: older caches are made anew.
+PREPARED_VERSION = 1
+
+# Steps looked at for the predicted idle share; a longer run is sampled evenly.
+IDLE_SAMPLE = 200
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What config.json and the headers of the weight files say.
+
+    Args:
+        context: native context in tokens.
+        rope: an existing RoPE scaling of the model, as in its config.json, or None.
+        parameters: number of elements, tied ones once; None when the weights are not here.
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    vocabulary: int
+    context: int
+    rope: Mapping[str, Any] | None
+    tied: bool
+    parameters: int | None
+
+    @property
+    def attention_scale(self) -> float:
+        """See `batching.cost`. Without a count of parameters: 12 x hidden, the LLaMA shape."""
+        if self.parameters is None:
+            return 12.0 * self.hidden
+        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return (self.parameters - tables) / (self.layers * self.hidden)
+
+
+# config.json of SmolLM2-135M-Instruct: the plan is there before the weights are.
+_SMOLLM2 = ModelFacts("llama", 30, 576, 49152, 8192, None, True, 134_515_008)
+BUNDLED_FACTS = {"bundled:smollm2-135m": _SMOLLM2}
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """What encoding found.
+
+    Args:
+        lengths: tokens of each sample; None with preprocess: lazy.
+        samples: number of samples (lazy: of conversations).
+        supervised_tokens: None with preprocess: lazy.
+        lost: turns, conversations and tokens that are not trained on, by reason.
+    """
+
+    fingerprint: str
+    conversations: int
+    samples: int
+    lengths: Sequence[int] | None
+    supervised_tokens: int | None
+    lost: Mapping[str, int]
+    begin: str | None
+    end: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `sft-job data encode` has made ready for a job: paths and statistics."""
+
+    model_folder: str
+    data_folder: str
+    stats: DataStats
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved job. None means: known only after encoding."""
+
+    model: str
+    parameters: int | None
+    engine: str
+    device: str
+    world_size: int
+    precision: Choice
+    attention: Choice
+    rope: Choice
+    rope_factor: float | None
+    """Linear factor to apply; None leaves the model's own positions as they are."""
+    activation_checkpointing: str
+    conversations: int | None
+    samples: int | None
+    tokens: int | None
+    supervised_tokens: int | None
+    lost: Mapping[str, int]
+    begin: str | None
+    end: str | None
+    seq_len: int
+    batching: str
+    global_batch_size: int
+    steps: int | None
+    steps_per_epoch: int | None
+    warmup_steps: int | None
+    micro_batches: tuple[int, int] | None
+    """Fewest and most micro-batches in a step."""
+    idle_share: float | None
+    attention_scale: float
+    checkpoint_bytes: int | None
+    model_bytes: int | None
+    notes: tuple[str, ...]
+
+
+def resolve(
+    config: JobConfig,
+    hardware: Hardware,
+    world_size: int,
+    stats: DataStats | None,
+    facts: ModelFacts | None,
+) -> Plan:
+    """Derive everything from plain values.
+
+    Raises:
+        HardwareError, ModelError: what the job asks for by name cannot be had.
+    """
+    precision = _precision(config, hardware)
+    rope, factor = _rope(config, facts)
+    scale = facts.attention_scale if facts else 12.0 * 4096
+    schedule = schedule_of(config, stats) if stats else None
+    micro_batches, idle = _dealt(config, schedule, stats, world_size, scale)
+    parameters = facts.parameters if facts else None
+    notes = []
+    if config.engine.type == "zero3" and precision.value == "bf16":
+        notes.append(
+            "ZeRO-3 makes its fp32 masters from bf16-rounded weights; "
+            "they are replaced by the exact ones before the first step"
+        )
+    if schedule and schedule.units < config.train.global_batch_size:
+        notes.append(
+            f"one epoch is a single step: {schedule.units} {config.data.batching} are fewer than "
+            f"train.global_batch_size ({config.train.global_batch_size})"
+        )
+    if idle is not None and idle > 0.1:
+        notes.append(
+            f"ranks wait {idle:.0%} of the time for the heaviest one: "
+            "a step has too few samples to be levelled over so many ranks"
+        )
+    steps = schedule.steps if schedule else None
+    return Plan(
+        model=config.model.path,
+        parameters=parameters,
+        engine=config.engine.type,
+        device=f"{world_size} x {hardware.name}" if hardware.device == "cuda" else hardware.name,
+        world_size=world_size,
+        precision=precision,
+        attention=attention.choose(config.model.attention, hardware),
+        rope=rope,
+        rope_factor=factor,
+        activation_checkpointing=config.train.activation_checkpointing,
+        conversations=stats.conversations if stats else None,
+        samples=stats.samples if stats else None,
+        tokens=sum(stats.lengths) if stats and stats.lengths is not None else None,
+        supervised_tokens=stats.supervised_tokens if stats else None,
+        lost=dict(stats.lost) if stats else {},
+        begin=stats.begin if stats else None,
+        end=stats.end if stats else None,
+        seq_len=config.data.seq_len,
+        batching=config.data.batching,
+        global_batch_size=config.train.global_batch_size,
+        steps=steps,
+        steps_per_epoch=schedule.steps_per_epoch if schedule else None,
+        warmup_steps=math.ceil(config.train.warmup_ratio * steps) if steps else None,
+        micro_batches=micro_batches,
+        idle_share=idle,
+        attention_scale=scale,
+        # weights, and the first and second moment of Adam, all fp32
+        checkpoint_bytes=12 * parameters if parameters else None,
+        model_bytes=(2 if precision.value == "bf16" else 4) * parameters if parameters else None,
+        notes=tuple(notes),
+    )
+
+
+def schedule_of(config: JobConfig, stats: DataStats) -> Schedule:
+    return Schedule(
+        sample_count=stats.samples,
+        fingerprint=stats.fingerprint,
+        seed=config.train.seed,
+        batching=config.data.batching,
+        global_batch_size=config.train.global_batch_size,
+        num_train_epochs=config.train.num_train_epochs,
+        max_steps=config.train.max_steps,
+        seq_len=config.data.seq_len,
+        lengths=stats.lengths,
+    )
+
+
+def _precision(config: JobConfig, hardware: Hardware) -> Choice:
+    asked = config.train.precision
+    old = hardware.device == "cuda" and not hardware.bf16
+    if asked == "bf16" and old:
+        raise HardwareError(
+            f"train.precision: bf16, but {hardware.name} has no bf16 arithmetic "
+            "(compute capability 8.0 or newer has)",
+            remedy="use train.precision=fp32",
+        )
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    if hardware.bf16:
+        return Choice("bf16", f"{hardware.name} computes in bf16")
+    if old:
+        raise HardwareError(
+            f"{hardware.name} has no bf16 arithmetic, and fp16 with loss scaling is not "
+            "available in this version",
+            remedy="use train.precision=fp32, which is slow and exact",
+        )
+    return Choice("fp32", f"{hardware.name} has no bf16 arithmetic")
+
+
+def _rope(config: JobConfig, facts: ModelFacts | None) -> tuple[Choice, float | None]:
+    """The RoPE decision: a reason, and the linear factor to set (None: leave as it is)."""
+    asked, seq_len = config.model.rope, config.data.seq_len
+    if facts is None:
+        return Choice("unknown", "the model's config.json is not here yet"), None
+    native, existing = facts.context, facts.rope
+    if existing is not None:
+        kind = str(existing.get("rope_type") or existing.get("type"))
+        factor = float(existing.get("factor") or 1)
+        original = existing.get("original_max_position_embeddings")
+        # Some families state the scaled context, some the original one.
+        scaled = native if original and native > original else int((original or native) * factor)
+        same = isinstance(asked, LinearRope) and (kind, factor) == ("linear", asked.factor)
+        if (asked == "auto" or same) and scaled >= seq_len:
+            return Choice(f"{kind} x{factor:g}", f"the model's own, good for {scaled:,}"), None
+        raise ModelError(
+            f"the model already scales its positions ({kind} x{factor:g}, context {scaled:,}) "
+            f"and data.seq_len {seq_len:,} with model.rope {_show_rope(asked)} does not fit that",
+            where=config.model.path,
+            remedy=f"use model.rope=auto with data.seq_len <= {scaled}, or an unscaled base model",
+        )
+    if isinstance(asked, LinearRope):
+        if asked.factor * native < seq_len:
+            raise ModelError(
+                f"model.rope factor {asked.factor:g} x native context {native:,} is less than "
+                f"data.seq_len {seq_len:,}",
+                where=config.model.path,
+                remedy=f"use a factor of at least {math.ceil(seq_len / native)}, or rope: auto",
+            )
+        return Choice(f"linear x{asked.factor:g}", "asked for"), asked.factor
+    if seq_len <= native:
+        return Choice("none", f"data.seq_len fits the native context of {native:,}"), None
+    if asked == "none":
+        raise ModelError(
+            f"data.seq_len {seq_len:,} is longer than the native context of {native:,} "
+            "and model.rope is none",
+            where=config.model.path,
+            remedy="use model.rope=auto, or a shorter data.seq_len",
+        )
+    factor = float(math.ceil(seq_len / native))
+    reason = f"ceil(data.seq_len {seq_len:,} / native context {native:,})"
+    return Choice(f"linear x{factor:g}", reason), factor
+
+
+def _show_rope(asked: str | LinearRope) -> str:
+    return asked if isinstance(asked, str) else f"{asked.type} x{asked.factor:g}"
+
+
+def _dealt(
+    config: JobConfig,
+    schedule: Schedule | None,
+    stats: DataStats | None,
+    world_size: int,
+    scale: float,
+) -> tuple[tuple[int, int] | None, float | None]:
+    if schedule is None or stats is None or stats.lengths is None:
+        return None, None
+    stride = max(1, schedule.steps // IDLE_SAMPLE)
+    counts, shares = [], []
+    for step in range(0, schedule.steps, stride):
+        units = schedule.step(step)
+        lengths = [sum(stats.lengths[i] for i in unit) for unit in units]
+        dealt = deal(
+            lengths,
+            world_size=world_size,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            attention_scale=scale,
+        )
+        counts.append(len(dealt))
+        shares.append(idle_share(dealt, lengths, scale))
+    return (min(counts), max(counts)), sum(shares) / len(shares)
+
+
+# --- what is on disk -------------------------------------------------------------------
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Facts of a model folder in Hugging Face layout.
+
+    Raises:
+        ModelError: no config.json, or not one of a decoder with these fields.
+    """
+    try:
+        config = read_json(folder / "config.json")
+    except FileNotFoundError as error:
+        raise ModelError(
+            "no config.json in the model folder",
+            where=str(folder),
+            remedy="model.path must be a folder in Hugging Face layout",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"config.json cannot be read: {error}", where=str(folder)) from error
+    try:
+        scaling = config.get("rope_parameters") or config.get("rope_scaling")
+        kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type")
+        return ModelFacts(
+            model_type=config["model_type"],
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            vocabulary=config["vocab_size"],
+            context=config["max_position_embeddings"],
+            rope=scaling if kind not in (None, "default") else None,
+            tied=config.get("tie_word_embeddings", False),
+            parameters=_count_parameters(folder),
+        )
+    except KeyError as error:
+        raise ModelError(
+            f"config.json has no {error.args[0]}: not a decoder of the LLaMA kind",
+            where=str(folder),
+        ) from error
+
+
+def _count_parameters(folder: Path) -> int | None:
+    """Elements in the safetensors headers (8 bytes of length, then JSON)."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            (size,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(size))
+        header.pop("__metadata__", None)
+        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
+    return total or None
+
+
+def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | None:
+    """Facts of the job's model from wherever they are; None when it is not on this machine."""
+    if prepared is not None:
+        return read_facts(Path(prepared.model_folder))
+    if config.model.path in BUNDLED_FACTS:
+        return BUNDLED_FACTS[config.model.path]
+    if Path(config.model.path).is_absolute():
+        return read_facts(Path(config.model.path))
+    folder = _hub_snapshot(config)
+    return read_facts(folder) if folder else None
+
+
+def _hub_snapshot(config: JobConfig) -> Path | None:
+    """The folder of a hub model in the local hub cache (its documented layout)."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    repository = cache / f"models--{config.model.path.replace('/', '--')}"
+    revision = config.model.revision or "main"
+    reference = repository / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folder = repository / "snapshots" / commit
+    return folder if (folder / "config.json").is_file() else None
+
+
+def prepared_key(config: JobConfig) -> str:
+    """Names everything that preparing a job reads; changes when a file does."""
+    files = [path for pattern in config.data.train for path in expand(pattern)]
+    model = Path(config.model.path)
+    if model.is_absolute():
+        files += sorted(path for path in model.iterdir() if path.is_file())
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    data = config.data.model_dump(exclude={"cache_dir", "batching"}, mode="json")
+    model_keys = config.model.model_dump(include={"path", "revision", "trust_remote_code"})
+    text = json.dumps([PREPARED_VERSION, model_keys, data, stamps], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_prepared(config: JobConfig) -> Prepared | None:
+    """What an earlier `data encode` (or run) left for this very job, or None."""
+    file = CacheDir(config.cache_dir).prepared(prepared_key(config))
+    if not file.is_file():
+        return None
+    stamp = read_json(file)
+    ready = (Path(stamp["data_folder"]) / "meta.json").is_file()
+    return read_prepared(stamp) if ready and Path(stamp["model_folder"]).is_dir() else None
+
+
+def read_prepared(stamp: Mapping[str, str]) -> Prepared:
+    """Read what a stamp of the cache (folders of model and data) points to."""
+    stats = read_stats(Path(stamp["data_folder"]))
+    return Prepared(stamp["model_folder"], stamp["data_folder"], stats)
+
+
+def read_stats(folder: Path) -> DataStats:
+    meta = read_json(folder / "meta.json")
+    lengths = None
+    if meta["tokens"] is not None:
+        lengths = array("I")
+        with open(folder / "lengths.bin", "rb") as file:
+            lengths.fromfile(file, meta["samples"])
+    return DataStats(
+        fingerprint=meta["fingerprint"],
+        conversations=meta["conversations"],
+        samples=meta["samples"],
+        lengths=lengths,
+        supervised_tokens=meta["supervised_tokens"],
+        lost=meta["lost"],
+        begin=meta["begin"],
+        end=meta["end"],
+    )
+
+
+# --- shown to people -------------------------------------------------------------------
+
+LOST = {
+    "leading_assistant_turn": "assistant turns before any question, dropped",
+    "empty_turn": "turns from an empty one on, dropped",
+    "wrong_order": "turns after the roles stopped alternating, dropped",
+    "trailing_user_turn": "questions without an answer, dropped",
+    "no_complete_exchange": "conversations without a complete exchange, dropped",
+    "duplicate": "conversations equal to an earlier one (kept)",
+    "overlong": "conversations longer than data.seq_len",
+    "overlong_dropped": "conversations dropped as overlong",
+    "overlong_nothing_left": "overlong samples with no answer inside data.seq_len, dropped",
+    "overlong_tokens": "tokens cut off as overlong",
+    "overlong_supervised_tokens": "supervised tokens cut off as overlong",
+    "straddling_token": "tokens across the boundary of an answer, not trained on",
+}
+
+
+def lost_lines(lost: Mapping[str, int]) -> list[str]:
+    return [f"{count:>10,}  {LOST[reason]}" for reason, count in lost.items() if count]
+
+
+def show(plan: Plan) -> str:
+    """The plan as text, the arithmetic included."""
+
+    def known(value: int | None, unit: str = "") -> str:
+        return "known after encoding" if value is None else f"{value:,}{unit}"
+
+    def chosen(choice: Choice) -> str:
+        return f"{choice.value}  ({choice.reason})"
+
+    size = f"{plan.parameters / 1e6:,.1f} M parameters" if plan.parameters else "size unknown"
+    rows = [
+        ("model", f"{plan.model}  ({size})"),
+        ("engine", f"{plan.engine}, {plan.world_size} process(es) on {plan.device}"),
+        ("precision", chosen(plan.precision) + "; fp32 masters and reductions"),
+        ("attention", chosen(plan.attention)),
+        ("rope", chosen(plan.rope)),
+        ("recompute", f"activation checkpointing: {plan.activation_checkpointing}"),
+        ("data", f"{known(plan.conversations)} conversations -> {known(plan.samples)} samples"),
+    ]
+    if plan.tokens and plan.supervised_tokens:
+        share = plan.supervised_tokens / plan.tokens
+        trained = f"{plan.supervised_tokens:,} ({share:.0%}) trained on, no padding"
+        rows.append(("tokens", f"{plan.tokens:,} an epoch, {trained}"))
+    if plan.end is not None:
+        begin = f"{plan.begin!r}" if plan.begin else "nothing"
+        rows.append(("stop token", f"{plan.end!r} after every answer; {begin} at the beginning"))
+    if plan.steps and plan.steps_per_epoch:
+        rows.append(
+            (
+                "steps",
+                f"{plan.steps:,} of {plan.global_batch_size} {plan.batching} "
+                f"({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of them warm-up",
+            )
+        )
+    else:
+        rows.append(("steps", "known after encoding (sft-job data encode job.yaml)"))
+    if plan.micro_batches and plan.idle_share is not None:
+        fewest, most = plan.micro_batches
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
+        waits = f"predicted idle share {plan.idle_share:.1%}"
+        rows.append(("step", f"{count} micro-batch(es) on each of {plan.world_size}; {waits}"))
+    if plan.checkpoint_bytes and plan.model_bytes:
+        rows.append(
+            (
+                "disk",
+                f"{plan.checkpoint_bytes / 2**30:.2f} GiB a checkpoint, "
+                f"{plan.model_bytes / 2**30:.2f} GiB the model",
+            )
+        )
+    lines = [f"{name:<11}{text}" for name, text in rows]
+    if plan.lost:
+        lines += ["not trained on:", *lost_lines(plan.lost)]
+    return "\n".join(lines + [f"note: {note}" for note in plan.notes])
+
+
+def plan_of(config: JobConfig, world_size: int | None = None) -> tuple[Plan, Prepared | None]:
+    """The plan for this machine (or for `world_size` processes of its kind)."""
+    machine = hardware.detect()
+    prepared = find_prepared(config)
+    facts = model_facts(config, prepared)
+    world = world_size or processes(config, machine)
+    return resolve(config, machine, world, prepared.stats if prepared else None, facts), prepared
+
+
+def processes(config: JobConfig, machine: Hardware) -> int:
+    """Training processes on this machine.
+
+    Raises:
+        HardwareError: more than there are GPUs.
+    """
+    asked = config.run.processes
+    if machine.device == "cuda" and asked is not None and asked > machine.count:
+        raise HardwareError(
+            f"run.processes is {asked}, but this machine has {machine.count} GPU(s)",
+            remedy=f"use run.processes={machine.count} or leave it out",
+        )
+    return asked or machine.count
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.job_parser("plan", "Show what a job will do on this machine, without doing it.")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    args = parser.parse_args(argv)
+    plan, _ = plan_of(load(args.job, args.overrides))
+    print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else show(plan))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

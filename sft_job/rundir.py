@@ -1,0 +1,205 @@
+"""The run directory and the cache beside it: every name in them, and how they are written.
+
+RUN_DIR/
+  config.yaml            the job file as given
+  job.json               the checked configuration, overrides applied, paths absolute
+  plan.json              the resolved plan
+  logs/attempt-N/        one log per rank, rank-R.error when a rank failed
+  metrics.jsonl          one line per logged step
+  checkpoints/step-00000200/
+  model/                 the exported model
+  stop-N                 made by a user or a batch script: attempt N shall stop
+  INTERRUPTED | DONE     how the last attempt ended
+
+CACHE_DIR/
+  models/NAME/           converted weights and repaired tokenizers
+  tokens/FINGERPRINT/    encoded conversations
+  prepared/KEY.json      which of them belong to a job file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sft_job.config import JobConfig
+from sft_job.errors import RunDirError
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class RunDir:
+    """Owns every name in a run directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.job_file = self.path / "job.json"
+        self.plan_file = self.path / "plan.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.tensorboard = self.path / "tensorboard"
+        self.done = self.path / "DONE"
+        self.interrupted = self.path / "INTERRUPTED"
+
+    def logs(self, attempt: int) -> Path:
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def log(self, attempt: int, rank: int) -> Path:
+        return self.logs(attempt) / f"rank-{rank}.log"
+
+    def error(self, attempt: int, rank: int) -> Path:
+        return self.logs(attempt) / f"rank-{rank}.error"
+
+    def stop_file(self, attempt: int) -> Path:
+        return self.path / f"stop-{attempt}"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the published checkpoint folders, newest first (complete or not)."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
+        return sorted((int(m[1]) for m in matches if m), reverse=True)
+
+    def next_attempt(self) -> int:
+        if not (self.path / "logs").is_dir():
+            return 1
+        names = (p.name.removeprefix("attempt-") for p in (self.path / "logs").iterdir())
+        return max((int(n) for n in names if n.isdigit()), default=0) + 1
+
+    def claim(self, config: JobConfig, text: str) -> None:
+        """Make the directory this job's, or find that it already is.
+
+        Args:
+            text: the job file as given.
+
+        Raises:
+            RunDirError: it is not a directory, not writable, or holds something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirError("run.dir is a file", where=str(self.path))
+        if self.job_file.exists():
+            self._refuse_another_job(config)
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise RunDirError(
+                "the folder is not empty and holds no job",
+                where=str(self.path),
+                remedy="choose another run.dir, or empty the folder yourself",
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config_file, text)
+            write_atomically(self.job_file, config.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            raise RunDirError(
+                f"cannot be written: {error.strerror}",
+                where=str(self.path),
+                remedy="choose a run.dir that this user may write to",
+            ) from error
+
+    def _refuse_another_job(self, config: JobConfig) -> None:
+        before = JobConfig.model_validate_json(self.job_file.read_text()).identity()
+        now = config.identity()
+        changed = [
+            f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise RunDirError(
+                "the directory belongs to a job with other settings:\n  " + "\n  ".join(changed),
+                where=str(self.path),
+                remedy="give the new job a run.dir of its own, or set these keys back to resume",
+            )
+
+
+class CacheDir:
+    """Owns every name in the cache."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def model(self, name: str) -> Path:
+        return self.path / "models" / name
+
+    def tokens(self, fingerprint: str) -> Path:
+        return self.path / "tokens" / fingerprint[:32]
+
+    def prepared(self, key: str) -> Path:
+        return self.path / "prepared" / f"{key[:32]}.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def fsync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def publish_dir(path: Path) -> Iterator[Path]:
+    """A folder that appears complete or not at all.
+
+    Two processes may build the same folder at once: the first to finish publishes, the other's
+    work is dropped. The caller's content must therefore depend on nothing but the name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield beside
+        os.chmod(beside, 0o777 & ~_umask())
+        for file in beside.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        fsync_dir(beside)
+        try:
+            os.rename(beside, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(beside)
+        fsync_dir(path.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

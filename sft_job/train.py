@@ -1,0 +1,349 @@
+"""`sft-job train job.yaml`: fine-tune a model on conversations.
+
+Without RANK or SLURM step variables this process is the launcher: it imports no torch,
+prepares the data, starts one worker per GPU and passes signals on. With them it is a worker.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from sft_job import cli, hardware, workers
+from sft_job.cli import StopRequest
+from sft_job.config import JobConfig, load
+from sft_job.errors import (
+    DiskSpaceError,
+    Interrupted,
+    RunDirError,
+    WorkerError,
+)
+from sft_job.plan import Plan, Prepared, find_prepared, plan_of, processes, show
+from sft_job.rundir import RunDir, read_json, write_atomically
+from sft_job.workers import Place, Workers
+
+if TYPE_CHECKING:
+    from sft_job.metrics import Reporter
+    from sft_job.world import World
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.job_parser("train", "Fine-tune a model on conversations, as the job file says.")
+    args = parser.parse_args(argv)
+    place = workers.find_place(os.environ)
+    if place is not None:
+        return work(args.job, args.overrides, place)
+    return launch(args.job, args.overrides, argv)
+
+
+# --- the launcher ------------------------------------------------------------------------
+
+
+def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
+    """Prepare, start the workers, wait for them; returns the exit code."""
+    config = load(job, overrides)
+    run_dir = RunDir(config.run.dir)
+    run_dir.claim(config, job.read_text(encoding="utf-8"))
+    with _alone(run_dir):
+        if run_dir.done.exists():
+            print(f"this job is done; its model is in {run_dir.model}")
+            return 0
+        attempt = run_dir.next_attempt()
+        stop = StopRequest(run_dir.stop_file(attempt))
+        stop.listen()
+        prepare(config, job, overrides, stop)
+        plan, _ = plan_of(config)  # refuses here what would be refused in every worker
+        refuse_small_disk(run_dir, plan)
+        run_dir.interrupted.unlink(missing_ok=True)
+        crew = Workers(run_dir, attempt, processes(config, hardware.detect()))
+        crew.start(argv)
+        crew.wait(stop)
+        if run_dir.interrupted.exists():
+            raise Interrupted(
+                read_json(run_dir.interrupted)["message"],
+                where=str(run_dir.path),
+                remedy="run the same command again to go on",
+            )
+        if not run_dir.done.exists():
+            raise WorkerError(
+                "all workers ended, but the job is not done",
+                where=str(run_dir.path),
+                remedy=f"look into {run_dir.logs(attempt)}",
+            )
+    return 0
+
+
+@contextmanager
+def _alone(run_dir: RunDir) -> Iterator[None]:
+    """Hold the run directory's lock: two launchers on it would mix their checkpoints."""
+    with open(run_dir.path / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirError(
+                "another process is running this job",
+                where=str(run_dir.path),
+                remedy="wait for it, or give this job a run.dir of its own",
+            ) from error
+        yield
+
+
+def prepare(config: JobConfig, job: Path, overrides: Sequence[str], stop: StopRequest) -> None:
+    """Make model and token cache ready, in a process of its own and outside any process group.
+
+    Raises:
+        SftJobError: whatever `sft-job data encode` refuses (it has said so itself).
+        Interrupted: asked to stop meanwhile; nothing half-made is left.
+    """
+    if find_prepared(config) is not None:
+        return
+    command = [sys.executable, "-m", "sft_job.data", "encode", str(job), *overrides]
+    child = subprocess.Popen(command, start_new_session=True)
+    while child.poll() is None:
+        if stop:
+            child.terminate()
+            child.wait()
+            raise Interrupted(
+                f"interrupted by {stop.reason} while preparing the data",
+                remedy="run the same command again",
+            )
+        time.sleep(workers.POLL_S)
+    if child.returncode:
+        raise SystemExit(child.returncode if child.returncode > 0 else 1)
+
+
+def refuse_small_disk(run_dir: RunDir, plan: Plan) -> None:
+    """Training for hours towards a checkpoint that cannot be written helps nobody.
+
+    Raises:
+        DiskSpaceError: there is no room for one checkpoint and the model.
+    """
+    if plan.checkpoint_bytes is None or plan.model_bytes is None:
+        return
+    needed, free = plan.checkpoint_bytes + plan.model_bytes, shutil.disk_usage(run_dir.path).free
+    if free < needed:
+        raise DiskSpaceError(
+            f"no room: one checkpoint and the model need {needed / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB are free",
+            where=str(run_dir.path),
+            remedy="free some space or choose another run.dir; nothing has been started",
+        )
+
+
+# --- a worker ----------------------------------------------------------------------------
+
+
+def work(job: Path, overrides: Sequence[str], place: Place) -> int:
+    """One training process; returns 0 when the job is done or was stopped in good order."""
+    stop = StopRequest()
+    stop.listen()
+    launched = workers.LAUNCHED in os.environ
+    if launched:
+        workers.die_with_parent()
+    config = load(job, overrides)
+    run_dir = RunDir(config.run.dir)
+    attempt = int(os.environ.get(workers.ATTEMPT) or os.environ.get("SLURM_RESTART_COUNT") or 1)
+    stop.file = run_dir.stop_file(attempt)
+    try:
+        if not launched:
+            _prepare_without_launcher(config, job, overrides, place, run_dir, stop)
+        train(config, run_dir, place, stop, attempt, launched=launched)
+        return 0
+    except Interrupted:
+        return 0  # the marker is written; whoever started us turns it into 75
+    except BaseException as error:
+        if not launched:
+            raise
+        code = workers.report_failure(run_dir, attempt, place.rank, error)
+        # The other ranks may be waiting for this one in a collective, and so would an orderly
+        # exit; the launcher ends them.
+        os._exit(code)
+
+
+def _prepare_without_launcher(
+    config: JobConfig,
+    job: Path,
+    overrides: Sequence[str],
+    place: Place,
+    run_dir: RunDir,
+    stop: StopRequest,
+) -> None:
+    """Under torchrun or srun: rank 0 prepares, the others look for the result on the disk."""
+    if place.rank == 0:
+        run_dir.claim(config, job.read_text(encoding="utf-8"))
+        run_dir.interrupted.unlink(missing_ok=True)
+        prepare(config, job, overrides, stop)
+    while find_prepared(config) is None:
+        if stop:
+            raise Interrupted(f"interrupted by {stop.reason} while the data is prepared")
+        time.sleep(0.5)
+
+
+def train(
+    config: JobConfig,
+    run_dir: RunDir,
+    place: Place,
+    stop: StopRequest,
+    attempt: int,
+    *,
+    launched: bool,
+) -> None:
+    """Parse -> world -> plan -> data -> model -> engine -> train -> export -> close.
+
+    Raises:
+        Interrupted: asked to stop; everything is saved and the marker is written.
+    """
+    if not config.run.online:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from sft_job import world as worlds
+
+    machine = hardware.detect()
+    terminal: IO[str] = sys.stdout
+    if launched and place.rank == 0:
+        from sft_job.metrics import take_terminal
+
+        terminal = take_terminal()
+    world = worlds.join(place, machine)
+    try:
+        plan, prepared = plan_of(config, world.size)
+        if prepared is None:
+            raise WorkerError("the prepared data has vanished", where=str(config.cache_dir))
+        reporter = _reporter(world, run_dir, terminal, attempt, launched=launched)
+        if world.is_main:
+            write_atomically(run_dir.plan_file, _as_json(plan))
+        reporter.say(show(plan))
+        _stop_if_asked(world, stop, run_dir, "before the model was loaded")
+        try:
+            _train_and_export(config, plan, prepared, world, run_dir, stop, reporter, attempt)
+        finally:
+            reporter.stop()
+    finally:
+        if sys.exc_info()[0] is None or sys.exc_info()[0] is Interrupted:
+            worlds.leave()  # after an error the others cannot take part in leaving
+
+
+def _train_and_export(
+    config: JobConfig,
+    plan: Plan,
+    prepared: Prepared,
+    world: World,
+    run_dir: RunDir,
+    stop: StopRequest,
+    reporter: Reporter,
+    attempt: int,
+) -> None:
+    if config.engine.type == "zero3":
+        from sft_job import zero3 as engine_module
+
+        engine_module.prepare_environment(world.device)
+    import torch
+
+    from sft_job import checkpoint, dataset, export, fsdp, trainer, zero3
+    from sft_job.model import load_tokenizer
+    from sft_job.plan import schedule_of
+
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    folder, trust = Path(prepared.model_folder), config.model.trust_remote_code
+    arguments = trainer.training_arguments(config, plan, run_dir, world)
+    found, skipped = checkpoint.find(run_dir, world, engine=config.engine.type)
+    for line in skipped:
+        reporter.say(line)
+
+    tokenizer = load_tokenizer(folder, trust)
+    encoder = dataset.encoder_of(config, tokenizer)
+    lazy = config.data.preprocess == "lazy"
+    data_folder = Path(prepared.data_folder)
+    steps = dataset.Steps(
+        dataset.TextCache(data_folder) if lazy else dataset.TokenCache(data_folder),
+        schedule_of(config, prepared.stats),
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        attention_scale=plan.attention_scale,
+        encoder=encoder if lazy else None,
+        group=world.group,
+    )
+    engine = zero3 if config.engine.type == "zero3" else fsdp
+    model = engine.load(folder, plan, world, trust_remote_code=trust)
+    sft = trainer.SftTrainer(
+        model,
+        arguments,
+        config=config,
+        plan=plan,
+        steps=steps,
+        world=world,
+        run_dir=run_dir,
+        stop=stop,
+        reporter=reporter,
+        attempt=attempt,
+        prepared_model=folder,
+    )
+    _stop_if_asked(world, stop, run_dir, "before the first step")
+    if found is not None:
+        sft.last_saved = found.step
+        reporter.say(f"resuming after step {found.step} from {found.folder}")
+    reporter.start(found.step if found else 0, plan.steps or 0)
+    sft.train(resume_from_checkpoint=str(found.folder) if found else None)
+    reporter.stop()
+    _stop_if_asked(world, stop, run_dir, f"after step {sft.state.global_step}")
+    reporter.say(f"writing the model to {run_dir.model}")
+    export.write(
+        run_dir.model,
+        model,
+        trainer.full_parameters(config)(model),
+        tokenizer,
+        encoder,
+        world,
+        source=folder,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision.value],
+        trust_remote_code=trust,
+    )
+    if world.is_main:
+        record = {"step": sft.state.global_step, "attempt": attempt, "time": time.time()}
+        write_atomically(run_dir.done, json.dumps(record) + "\n")
+    world.barrier()
+    reporter.say(f"done: sft-job chat {run_dir.path}")
+
+
+def _stop_if_asked(world: World, stop: StopRequest, run_dir: RunDir, when: str) -> None:
+    """Leave in good order if any rank was asked to stop."""
+    if not world.any(bool(stop)):
+        return
+    reason = next(filter(None, world.gather(stop.reason)), "request")
+    message = f"interrupted by {reason} {when}"
+    if world.is_main:
+        write_atomically(run_dir.interrupted, json.dumps({"message": message}) + "\n")
+    world.barrier()
+    raise Interrupted(message)
+
+
+def _reporter(
+    world: World, run_dir: RunDir, terminal: IO[str], attempt: int, *, launched: bool
+) -> Reporter:
+    from sft_job.metrics import Reporter, Silence
+
+    if not world.is_main:
+        return Silence()
+    log = run_dir.log(attempt, 0) if launched else None
+    return Reporter(terminal, log, run_dir.metrics_file)
+
+
+def _as_json(plan: Plan) -> str:
+    import dataclasses
+
+    return json.dumps(dataclasses.asdict(plan), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,324 @@
+"""The Hugging Face Trainer, with one step done our way.
+
+To the Trainer, one batch is one optimizer step of this rank: a list of micro-batches. It
+keeps the loop, clipping, optimizer, schedule and integrations; accumulation and the scale of
+the loss are ours, because only here the number of supervised tokens of the whole step is
+known. `tests/test_contract.py` probes what is relied on of its private behaviour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from sft_job import checkpoint, fsdp, zero3
+from sft_job.cli import StopRequest
+from sft_job.config import JobConfig
+from sft_job.dataset import StepBatch, Steps
+from sft_job.errors import ConfigError, TrainingError
+from sft_job.metrics import Meter, Reporter, peak_memory_gib
+from sft_job.plan import Plan, lost_lines
+from sft_job.rundir import RunDir
+from sft_job.world import World
+
+# TrainingArguments that follow from the job file; train.extra may not set them.
+OWNED = {
+    "output_dir", "do_train", "do_eval", "eval_strategy", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "lr_scheduler_type",
+    "warmup_steps", "logging_steps", "logging_strategy", "logging_first_step",
+    "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit",
+    "save_only_model", "seed", "data_seed", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval",
+    "fsdp", "fsdp_config", "deepspeed", "report_to", "disable_tqdm", "use_cpu",
+    "activation_checkpointing", "gradient_checkpointing", "remove_unused_columns",
+    "full_determinism", "resume_from_checkpoint", "group_by_length", "dataloader_num_workers",
+    "push_to_hub", "load_best_model_at_end", "use_liger_kernel", "label_smoothing_factor",
+    "auto_find_batch_size", "accelerator_config", "parallelism_config", "logging_dir",
+    "ignore_data_skip", "average_tokens_across_devices", "enable_jit_checkpoint",
+    "ddp_backend", "train_sampling_strategy", "length_column_name", "eval_on_start",
+}  # fmt: skip
+
+
+def training_arguments(
+    config: JobConfig, plan: Plan, run_dir: RunDir, world: World
+) -> TrainingArguments:
+    """The Trainer's arguments for a plan.
+
+    Raises:
+        ConfigError: train.extra names an argument that does not exist or is ours.
+    """
+    _check_extra(config.train.extra)
+    train = config.train
+    engine: dict[str, Any] = {}
+    if config.engine.type == "zero3":
+        # bf16 must be said here as well: the integration compares it with DeepSpeed's own
+        # section. Under FSDP2 it would add autocast to a model that already casts by itself.
+        engine = {
+            "deepspeed": zero3.settings(config, plan),
+            "bf16": plan.precision.value == "bf16",
+        }
+    return TrainingArguments(
+        output_dir=str(run_dir.path),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=plan.steps or -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=plan.warmup_steps or 0,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        logging_steps=config.logging.every_steps,
+        logging_nan_inf_filter=False,  # it would log a NaN as the mean of the losses so far
+        report_to=list(config.logging.report_to) or "none",
+        save_strategy="no",  # `Steering` decides when, `_save_checkpoint` how
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=world.device.type == "cpu",
+        **{"optim": "adamw_torch_fused", **train.extra},
+        **engine,
+    )
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    faults = []
+    for key in extra:
+        if key in OWNED:
+            faults.append(f"train.extra.{key}: decided by the job file's own keys; remove it")
+        elif key not in known:
+            near = difflib.get_close_matches(key, known - OWNED, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            faults.append(f"train.extra.{key}: not a Hugging Face TrainingArguments field{hint}")
+    if faults:
+        raise ConfigError(faults)
+
+
+class SftTrainer(Trainer):
+    """A Trainer whose batch is a whole step of this rank."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        config: JobConfig,
+        plan: Plan,
+        steps: Steps,
+        world: World,
+        run_dir: RunDir,
+        stop: StopRequest,
+        reporter: Reporter,
+        attempt: int,
+        prepared_model: Path,
+    ) -> None:
+        self.config, self.plan, self.steps, self.world = config, plan, steps, world
+        self.run_dir, self.stop, self.reporter = run_dir, stop, reporter
+        self.attempt, self.prepared_model = attempt, prepared_model
+        self.meter = Meter()
+        self.peak_gib = 0.0
+        self.last_saved: int | None = None
+        self._samples: list[int] = []
+        self._said_lost = 0
+        super().__init__(model=model, args=args, train_dataset=steps, callbacks=[Steering(self)])
+        self.remove_callback(PrinterCallback)  # the reporter says it
+
+    @property
+    def _is_zero3(self) -> bool:
+        return self.config.engine.type == "zero3"
+
+    # --- data ------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        """A plain loader: the dataset already is this rank's share, so nothing may be sharded
+        again. batch_size=1 and not None, because skipping steps on resume needs a sampler."""
+        return torch.utils.data.DataLoader(
+            self.steps, batch_size=1, shuffle=False, collate_fn=_only_one
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The step carries its own number of supervised tokens; nothing has to be counted."""
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """The Trainer estimates 6 x parameters x tokens of padded batches; not used."""
+        return 0
+
+    # --- one step --------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward over the step's micro-batches.
+
+        The loss of a step is the sum over its supervised tokens / their number, over all
+        ranks. Engines average gradients over ranks, hence the factor `world.size`.
+
+        Returns:
+            The loss of the whole step, equal on all ranks.
+        """
+        model.train()
+        self._samples = inputs.samples
+        count = max(inputs.supervised_tokens, 1)
+        total = torch.zeros((), device=self.args.device)
+        last = len(inputs.micro_batches) - 1
+        for index, micro_batch in enumerate(inputs.micro_batches):
+            loss = model(**self._prepare_inputs(micro_batch))["loss"]
+            total += loss.detach()
+            if index == last:
+                # Before the last backward pass: under ZeRO-3 that one takes the step as well.
+                step_loss = self.world.sum([float(total)])[0] / count
+                self._refuse_non_finite("loss", step_loss)
+            # Gradients of every micro-batch are reduced at once, so that they stay sharded.
+            # DeepSpeed reads from this flag whether to step.
+            self.accelerator.gradient_state._set_sync_gradients(index == last)
+            self.accelerator.backward(loss * (self.world.size / count))
+        self.meter.add(inputs.tokens, inputs.supervised_tokens)
+        return torch.tensor(step_loss, device=self.args.device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """The global norm as a number; FSDP2's is a DTensor that knows only its shard."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        value = float(norm)
+        self._refuse_non_finite("gradient norm", value)
+        return value
+
+    def _refuse_non_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        step = self.state.global_step + 1
+        names = self.steps.cache.sources(self._samples)
+        saved = f"the checkpoint of step {self.last_saved} is" if self.last_saved else "none is"
+        raise TrainingError(
+            f"the {what} of step {step} is {value}; the step was not taken further. "
+            f"Its conversations:\n  " + "\n  ".join(names[:20]),
+            where=str(self.run_dir.path),
+            remedy=f"look at these conversations, or lower the learning rate; {saved} good",
+        )
+
+    # --- saving and resuming ---------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Published whole instead of written in place."""
+        step = self.state.global_step
+
+        def write(folder: Path) -> None:
+            if self._is_zero3:
+                zero3.save(self.model_wrapped, folder)
+            else:
+                fsdp.save(self.model, _bare(self.optimizer), folder)
+            self._save_rng_state(str(folder))
+            if self.world.is_main:
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+
+        checkpoint.publish(
+            self.run_dir,
+            step,
+            write,
+            self.world,
+            engine=self.config.engine.type,
+            needed_bytes=self.plan.checkpoint_bytes,
+        )
+        self.last_saved = step
+        if self.world.is_main:
+            checkpoint.drop_old(self.run_dir, self.config.checkpoint.keep)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Called before the optimizer exists; `_load_optimizer_and_scheduler` loads both."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not self._is_zero3:  # ZeRO-3: loaded with the model by the Trainer's integration
+            fsdp.restore(self.model, _bare(self.optimizer), folder)
+        state = torch.load(folder / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
+
+    # --- reporting -------------------------------------------------------------------
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add our figures to what every integration gets, and write metrics.jsonl."""
+        # The Trainer sees the whole run as one epoch.
+        self.state.epoch = self.steps.schedule.epoch(self.state.global_step)
+        if "loss" in logs:
+            logs |= self.meter.take() | {"peak_memory_gib": round(self.peak_gib, 3)}
+            record = {"step": self.state.global_step, **logs, "epoch": round(self.state.epoch, 4)}
+            self.reporter.record(record | {"attempt": self.attempt}, self.state.max_steps)
+            self._say_lost()
+        super().log(logs, start_time)
+
+    def _say_lost(self) -> None:
+        """With preprocess: lazy, losses of tokens are known only as they come."""
+        lost = sum(self.steps.lost.values())
+        if lost > self._said_lost:
+            self._said_lost = lost
+            self.reporter.say("\n".join(["not trained on so far:", *lost_lines(self.steps.lost)]))
+
+
+class Steering(TrainerCallback):
+    """Decides after every step, on all ranks alike, whether to save and whether to stop."""
+
+    def __init__(self, trainer: SftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        fresh = state.global_step == 0
+        if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":
+            zero3.restore_masters(trainer.model, trainer.prepared_model)
+        trainer.meter.take()  # the time so far belongs to no step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        peak = peak_memory_gib(trainer.args.device)
+        stop, trainer.peak_gib = trainer.world.max([float(bool(trainer.stop)), peak])
+        done = state.global_step >= state.max_steps
+        due = state.global_step % trainer.config.checkpoint.every_steps == 0
+        if stop or due or done:
+            control.should_save = True
+        if stop and not done:
+            control.should_training_stop = True
+
+
+def _only_one(batch: list[Any]) -> Any:
+    return batch[0]
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+FullParameters = Callable[[PreTrainedModel], Iterator[tuple[str, torch.Tensor]]]
+
+
+def full_parameters(config: JobConfig) -> FullParameters:
+    return zero3.full_parameters if config.engine.type == "zero3" else fsdp.full_parameters

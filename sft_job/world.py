@@ -1,0 +1,92 @@
+"""The processes that train together: who this one is, and what they agree on.
+
+Agreements go over a gloo group of their own, on the CPU: they neither wait for the GPU nor
+mix with the engines' collectives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sft_job.errors import HardwareError
+from sft_job.hardware import Hardware
+from sft_job.workers import Place
+
+# A rank may wait this long for another that converts or verifies tens of GB.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The process group, from the point of view of one process."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.group)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def any(self, claim: bool) -> bool:
+        return bool(self.max([float(claim)])[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, operation, group=self.group)
+        return [float(value) for value in tensor]
+
+
+def join(place: Place, hardware: Hardware) -> World:
+    """Enter the process group; one process is a group of one and runs the same code.
+
+    Raises:
+        HardwareError: the machine has GPUs that torch cannot use.
+    """
+    for name, value in place.environment().items():
+        os.environ[name] = value  # torch, accelerate and DeepSpeed all read these
+    if hardware.device == "cuda":
+        if not torch.cuda.is_available():
+            raise HardwareError(
+                f"nvidia-smi shows {hardware.name}, but torch {torch.__version__} cannot use it",
+                remedy="install a CUDA build of torch that fits the driver, "
+                "or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the CPU",
+            )
+        index = place.local_rank if torch.cuda.device_count() > 1 else 0
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(place.rank, place.local_rank, place.world_size, device, group)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
