@@ -60,7 +60,8 @@ def write(
     writer = _ShardWriter(beside) if world.is_main else None
     for name, value in parameters:
         if writer is not None:
-            tensor = value.to("cpu", dtype).contiguous()
+            # A copy: DeepSpeed hands out a buffer that it fills again for the next parameter.
+            tensor = value.to("cpu", dtype, copy=True).contiguous()
             digests[name] = _digest(tensor)
             writer.add(name, tensor)
     if writer is not None:

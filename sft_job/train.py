@@ -298,6 +298,7 @@ def _train_and_export(
     reporter.stop()
     _stop_if_asked(world, stop, run_dir, f"after step {sft.state.global_step}")
     reporter.say(f"writing the model to {run_dir.model}")
+    zero3.forget_settings()
     export.write(
         run_dir.model,
         model,

@@ -110,6 +110,13 @@ def save(engine: Any, folder: Path) -> None:
     engine.save_checkpoint(str(folder))
 
 
+def forget_settings() -> None:
+    """End transformers' ZeRO-3 mode: models loaded from here on are whole, on one rank alone."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter whole, fp32, one at a time; all ranks must go through it."""
     from deepspeed.utils import safe_get_full_fp32_param
