@@ -27,6 +27,10 @@ from sft_job.world import World
 MANIFEST = "manifest.json"
 FORMAT = 1
 
+# A failed write on a disk with less room than this is taken for a full disk: torch's zip writer
+# says no more than "unexpected pos".
+FULL_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class Found:
@@ -82,8 +86,9 @@ def publish(
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
+        left = shutil.disk_usage(beside).free
         shutil.rmtree(beside, ignore_errors=True)
-        if _is_disk_full(error, run_dir.checkpoints):
+        if left < FULL_BYTES or _is_disk_full(error):
             raise disk_full(run_dir, f"checkpoint of step {step}", needed_bytes, free) from error
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written: {_root(error)}",
@@ -144,16 +149,14 @@ def _root(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether the cause was a full disk; torch's zip writer says only that a write failed."""
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether the operating system said so, on this rank or on one that torch reports."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         failures = getattr(seen, "failures", {})
-        if any(_is_disk_full(inner, folder) for inner, _ in failures.values()):
-            return True
-        if "No space left on device" in str(seen) or "file write failed" in str(seen):
+        if any(_is_disk_full(inner) for inner, _ in failures.values()):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

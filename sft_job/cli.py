@@ -83,8 +83,9 @@ class StopRequest:
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        self.file = file
+        self.file = file  # looked for besides the signals
         self.reason: str | None = None
+        self.signal = signal.SIGTERM
 
     def listen(self) -> None:
         """Install the handlers, then let through what the starting process held back."""
@@ -93,7 +94,9 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or f"signal {signal.Signals(number).name}"
+        if self.reason is None:
+            self.signal = signal.Signals(number)
+            self.reason = f"signal {self.signal.name}"
 
     def __bool__(self) -> bool:
         if self.reason is None and self.file is not None and self.file.exists():

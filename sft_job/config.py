@@ -70,6 +70,10 @@ class Data(Section):
     cache_dir: str | None = None
     """Token cache and converted weights; null means .sft_job_cache beside run.dir."""
 
+    def files(self) -> list[Path]:
+        """The files of `train`, each once, in the order given."""
+        return list(dict.fromkeys(path for pattern in self.train for path in expand(pattern)))
+
 
 class Train(Section):
     global_batch_size: int = Field(128, ge=1)

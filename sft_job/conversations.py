@@ -249,3 +249,31 @@ def trainable(conversation: Conversation) -> tuple[Trainable | None, Counter[str
         lost["no_complete_exchange"] += 1
         return None, lost
     return Trainable(conversation.id, conversation.where, system, tuple(exchanges)), lost
+
+
+def read_trainable(paths: Sequence[Path]) -> tuple[list[Trainable], Counter[str], int]:
+    """All conversations cut to what is trained on, what was lost, and how many were read.
+
+    An exact copy of an earlier conversation is kept, since repeating one is a way to weight
+    it, and counted (`duplicate`).
+
+    Raises:
+        DataError: faults of the files, or nothing to train on.
+    """
+    conversations = read(paths)
+    lost: Counter[str] = Counter()
+    seen: set[tuple[Turn, ...]] = set()
+    kept = []
+    for conversation in conversations:
+        lost["duplicate"] += conversation.turns in seen
+        seen.add(conversation.turns)
+        cut, losses = trainable(conversation)
+        lost += losses
+        if cut is not None:
+            kept.append(cut)
+    if not kept:
+        raise DataError(
+            ["no conversation has a complete exchange, there is nothing to train on"],
+            remedy="`sft-job data validate job.yaml` shows what was dropped and why",
+        )
+    return kept, +lost, len(conversations)

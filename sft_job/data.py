@@ -6,13 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from sft_job import cli, plan
-from sft_job.config import JobConfig, expand, load
-from sft_job.conversations import Conversation, read, trainable
+from sft_job.config import JobConfig, load
+from sft_job.conversations import Conversation, read, read_trainable, trainable
 from sft_job.errors import DataError
 from sft_job.plan import find_prepared, lost_lines, prepared_key
 from sft_job.rundir import CacheDir, write_atomically
@@ -44,23 +42,11 @@ def validate(config: JobConfig) -> None:
     Raises:
         DataError: every fault of every file.
     """
-    conversations = read([p for pattern in config.data.train for p in expand(pattern)])
-    lost: Counter[str] = Counter()
-    seen: set[Any] = set()
-    exchanges = kept = 0
-    for conversation in conversations:
-        lost["duplicate"] += conversation.turns in seen
-        seen.add(conversation.turns)
-        cut, losses = trainable(conversation)
-        lost += losses
-        if cut is not None:
-            kept += 1
-            exchanges += len(cut.exchanges)
-    print(f"{len(conversations):,} conversations read, {kept:,} to train on, {exchanges:,} answers")
-    if +lost:
+    kept, lost, count = read_trainable(config.data.files())
+    answers = sum(len(conversation.exchanges) for conversation in kept)
+    print(f"{count:,} conversations read, {len(kept):,} to train on, {answers:,} answers")
+    if lost:
         print("\n".join(["not trained on:", *lost_lines(dict(sorted(lost.items())))]))
-    if not kept:
-        raise DataError(["no conversation has a complete exchange, there is nothing to train on"])
 
 
 def encode_job(config: JobConfig) -> plan.Prepared:
@@ -72,16 +58,16 @@ def encode_job(config: JobConfig) -> plan.Prepared:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not config.run.online:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    # Faults of the data are found in a second; torch alone takes longer to import.
     ready = find_prepared(config)
     if ready is None:
+        # Before the imports: a fault of the data is found sooner than torch is loaded.
+        conversations, _, _ = read_trainable(config.data.files())
         from sft_job import dataset, model
 
-        dataset.read_trainable(config)
         cache = CacheDir(config.cache_dir)
         folder = model.prepare_folder(config.model, cache, online=config.run.online)
         tokenizer = model.load_tokenizer(folder, config.model.trust_remote_code)
-        model.check_converted(folder, dataset.read_trainable(config)[0])
+        model.check_converted(folder, conversations)
         data_folder = dataset.build(config, tokenizer)
         stamp = {"model_folder": str(folder), "data_folder": str(data_folder)}
         write_atomically(cache.prepared(prepared_key(config)), json.dumps(stamp, indent=2) + "\n")
@@ -135,7 +121,7 @@ def show(config: JobConfig, which: str) -> None:
 
 
 def _choose(config: JobConfig, which: str) -> Conversation:
-    conversations = read([p for pattern in config.data.train for p in expand(pattern)])
+    conversations = read(config.data.files())
     named = [c for c in conversations if c.id == which]
     if named:
         return named[0]

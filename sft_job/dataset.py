@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 
 from sft_job.batching import Schedule, deal
-from sft_job.config import JobConfig, expand
-from sft_job.conversations import Exchange, Trainable, read, trainable
+from sft_job.config import JobConfig
+from sft_job.conversations import Exchange, Trainable, read_trainable
 from sft_job.encode import IGNORE_INDEX, Encoder, Sample, TokenizerSpec, check_tokenizer, spec_of
 from sft_job.errors import DataError
 from sft_job.hardware import cores
@@ -58,40 +58,10 @@ def fingerprint(config: JobConfig, spec: TokenizerSpec) -> str:
     data = config.data
     parts = [PREPARED_VERSION, asdict(spec), asdict(TEMPLATES[data.template])]
     digest.update(json.dumps([*parts, data.seq_len, data.overlong]).encode())
-    for path in _files(config):
+    for path in config.data.files():
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _files(config: JobConfig) -> list[Path]:
-    return list(dict.fromkeys(p for pattern in config.data.train for p in expand(pattern)))
-
-
-def read_trainable(config: JobConfig) -> tuple[list[Trainable], Counter[str], int]:
-    """All conversations of a job cut to what is trained on, what was lost, how many were read.
-
-    Raises:
-        DataError: faults of the files, or nothing to train on.
-    """
-    conversations = read(_files(config))
-    lost: Counter[str] = Counter()
-    seen: set[int] = set()
-    kept = []
-    for conversation in conversations:
-        key = hash(conversation.turns)
-        lost["duplicate"] += key in seen
-        seen.add(key)
-        cut, losses = trainable(conversation)
-        lost += losses
-        if cut is not None:
-            kept.append(cut)
-    if not kept:
-        raise DataError(
-            ["no conversation has a complete exchange, there is nothing to train on"],
-            remedy="`sft-job data validate job.yaml` shows what was dropped and why",
-        )
-    return kept, lost, len(conversations)
 
 
 def build(config: JobConfig, tokenizer: Any) -> Path:
@@ -110,7 +80,7 @@ def build(config: JobConfig, tokenizer: Any) -> Path:
         folder = folder.with_name(folder.name + "-text")
     if (folder / "meta.json").is_file():
         return folder
-    conversations, lost, count = read_trainable(config)
+    conversations, lost, count = read_trainable(config.data.files())
     stride = max(1, len(conversations) // CHECKED)
     check_tokenizer(tokenizer, encoder, conversations[::stride])
     meta = {

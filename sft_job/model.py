@@ -27,6 +27,7 @@ from transformers import (
     AutoTokenizer,
     LlamaTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
 
@@ -48,7 +49,7 @@ BUNDLED = {
 }
 
 # Beside a tokenizer that was converted from sentencepiece: check it on every new data set.
-CONVERTED = "converted_from_sentencepiece"
+CONVERTED = "converted_from_sentencepiece.json"
 
 
 # --- finding and converting --------------------------------------------------------------
@@ -267,6 +268,7 @@ def _convert_sentencepiece(source: Path, target: Path) -> None:
     where the text begins with a space (Metaspace leaves it out there).
     """
     import sentencepiece
+    import tokenizers
 
     settings = source / "tokenizer_config.json"
     config = read_json(settings) if settings.is_file() else {}
@@ -298,9 +300,18 @@ def _convert_sentencepiece(source: Path, target: Path) -> None:
                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
             ],
         }
-    file.write_text(json.dumps(backend, ensure_ascii=False), encoding="utf-8")
+    # Saved as a plain fast tokenizer: LlamaTokenizer would rebuild its own normalizer and
+    # pre-tokenizer over those of the file.
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(backend)),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        add_bos_token=config.get("add_bos_token", True),
+    )
+    plain.save_pretrained(target)
     shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
-    (target / CONVERTED).touch()
+    (target / CONVERTED).write_text(json.dumps({"legacy": config.get("legacy", True)}))
     _compare_with_sentencepiece(
         target, ["Hello world", " two  spaces", "a\n\n    return 1", "été 谢谢 🌅", "1. 2"]
     )
@@ -321,7 +332,7 @@ def _compare_with_sentencepiece(folder: Path, texts: Iterable[str]) -> None:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.encode_special_tokens = True
-    legacy = read_json(folder / "tokenizer_config.json").get("legacy", True)
+    legacy = read_json(folder / CONVERTED)["legacy"]
     for text in texts:
         if not legacy and text.startswith(" "):
             continue  # there the two are meant to differ

@@ -22,7 +22,7 @@ from typing import Any
 from sft_job import attention, cli, hardware
 from sft_job.attention import Choice
 from sft_job.batching import Schedule, deal, idle_share
-from sft_job.config import JobConfig, LinearRope, expand, load
+from sft_job.config import JobConfig, LinearRope, load
 from sft_job.errors import HardwareError, ModelError
 from sft_job.hardware import Hardware
 from sft_job.rundir import CacheDir, read_json
@@ -389,7 +389,7 @@ def _hub_snapshot(config: JobConfig) -> Path | None:
 
 def prepared_key(config: JobConfig) -> str:
     """Names everything that preparing a job reads; changes when a file does."""
-    files = [path for pattern in config.data.train for path in expand(pattern)]
+    files = config.data.files()
     model = Path(config.model.path)
     if model.is_absolute():
         files += sorted(path for path in model.iterdir() if path.is_file())

@@ -58,7 +58,7 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
             print(f"this job is done; its model is in {run_dir.model}")
             return 0
         attempt = run_dir.next_attempt()
-        stop = StopRequest(run_dir.stop_file(attempt))
+        stop = StopRequest()  # the workers look for the stop file themselves
         stop.listen()
         prepare(config, job, overrides, stop)
         plan, _ = plan_of(config)  # refuses here what would be refused in every worker

@@ -179,7 +179,7 @@ class Workers:
                 if stop and not told:
                     told = True
                     for process in self._processes:
-                        process.send_signal(signal.SIGTERM)
+                        process.send_signal(stop.signal)
                 time.sleep(POLL_S)
         finally:
             self._end_others(grace_s=0)

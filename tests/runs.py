@@ -22,7 +22,24 @@ from sft_job.rundir import RunDir
 from sft_job.templates import VICUNA
 
 ROOT = Path(__file__).parent.parent
-WORDS = "sun moon star river stone leaf bird cloud rain wind fire snow hill lake tree rose".split()
+WORDS = [
+    "sun",
+    "moon",
+    "star",
+    "river",
+    "stone",
+    "leaf",
+    "bird",
+    "cloud",
+    "rain",
+    "wind",
+    "fire",
+    "snow",
+    "hill",
+    "lake",
+    "tree",
+    "rose",
+]
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -205,7 +222,7 @@ def _rank_main(
         from sft_job.workers import Place
 
         torch.set_num_threads(1)
-        zero3.prepare_environment(torch.device("cpu"))
+        zero3.prepare_environment(torch.device("cpu"))  # functions choose the engine later
         place = Place(rank, rank, size, size, "127.0.0.1", port)
         joined = world.join(place, hardware.detect())
         queue.put((rank, function(joined, *arguments), None))

@@ -47,15 +47,12 @@ def test_no_bin_holds_more_than_its_capacity(case):
 
 
 @given(packable)
-def test_packing_is_near_the_best(case):
-    """Best-fit decreasing needs at most 11/9 of the fewest bins, and 6/9 more."""
+def test_packing_wastes_no_bin(case):
+    """No two bins could be joined: a bin is only opened for an item that fits into no other."""
     lengths, capacity = case
-    fewest = math.ceil(sum(lengths) / capacity)
     bins = best_fit_decreasing(lengths, capacity)
-    # A sum of lengths bounds the optimum from below; no two bins could be joined.
     loads = sorted(sum(lengths[i] for i in items) for items in bins)
-    assert len(bins) >= fewest
-    assert len(loads) < 2 or loads[0] + loads[1] > capacity
+    assert len(loads) == 1 or loads[0] + loads[1] > capacity
 
 
 @pytest.mark.parametrize(
@@ -118,9 +115,10 @@ def test_dealing_depends_on_nothing_else(case, world):
 
 
 def test_bins_of_like_cost_meet_in_one_micro_batch():
-    """Two long and two short samples on two ranks: long with long, short with short."""
-    dealt = deal([100, 40, 100, 40], world_size=2, micro_batch_tokens=100, attention_scale=SCALE)
-    assert dealt == [[[0], [2]], [[1], [3]]]
+    """Loads of 90, 75, 60 and 50 on two ranks: the two heavy ones together, then the others."""
+    lengths = [90, 60, 50, 40, 35]
+    dealt = deal(lengths, world_size=2, micro_batch_tokens=100, attention_scale=SCALE)
+    assert dealt == [[[0], [3, 4]], [[1], [2]]]
 
 
 def test_a_rank_without_samples_has_an_empty_list():
@@ -131,10 +129,10 @@ def test_a_rank_without_samples_has_an_empty_list():
 
 
 def test_levelling_gives_way_to_capacity():
-    """Where spreading the load finds no room, the tight packing is used."""
-    lengths = [6, 5, 5, 4, 4, 3, 3]  # 30 tokens fill three bins of 10 exactly
+    """20 tokens fill two bins of 10 exactly; spreading the load would need a bin of 11."""
+    lengths = [5, 5, 4, 3, 3]
     dealt = deal(lengths, world_size=1, micro_batch_tokens=10, attention_scale=SCALE)
-    assert [sum(lengths[i] for i in ranks[0]) for ranks in dealt] == [10, 10, 10]
+    assert [sum(lengths[i] for i in ranks[0]) for ranks in dealt] == [10, 10]
 
 
 def naive(lengths: list[int], world: int, capacity: int) -> list[list[list[int]]]:
@@ -176,17 +174,14 @@ def test_an_idle_share_is_a_share(case, world):
     assert 0 <= share <= 1 - 1 / world + 1e-9
 
 
-@pytest.mark.parametrize("world", range(1, 65))
-def test_equal_loads_do_not_wait(world):
+def test_equal_loads_do_not_wait():
     """Exactly nothing: a share of -1e-16 would be printed as -0.0%."""
-    lengths = [7] * world
-    share = idle_share([[[i] for i in range(world)]], lengths, SCALE)
-    assert share >= 0
-    assert share == pytest.approx(0)
+    shares = [idle_share([[[0]] * world], [7], SCALE) for world in range(1, 65)]
+    assert [share for share in shares if not 0 <= share < 1e-9] == []
 
 
 def test_idle_share_of_known_cases():
-    """Two ranks, one of them with nothing: half; 3 beside 1: a quarter of the time."""
+    """One rank of two has nothing: half; 3 beside 1: 2 of 6; then 2 beside 2: 2 of 10."""
     assert idle_share([[[0], []]], [5], SCALE) == pytest.approx(0.5)
     assert idle_share([[[0], [1]]], [3, 1], math.inf) == pytest.approx(1 / 3)
     assert idle_share([[[0], [1]], [[2], [3]]], [3, 1, 2, 2], math.inf) == pytest.approx(0.2)
@@ -223,6 +218,17 @@ def epoch(plan: Schedule, number: int) -> list[int]:
     steps = range(first, first + plan.steps_per_epoch)
     return [i for step in steps for i in samples(plan, step)]
 
+
+# Made once, by Python 3.11.
+GOLDEN = {
+    "conversations": [[8, 2, 0, 5], [6, 3, 4, 1], [9, 7], [1, 9, 2, 4], [5, 8, 0, 3], [7, 6]],
+    "rows": [
+        [[5, 3], [8, 0], [7, 1], [9]],
+        [[4], [6, 2]],
+        [[7, 1], [5, 3], [9], [8, 0]],
+        [[4], [6, 2]],
+    ],
+}
 
 schedules = st.builds(
     lambda lengths, batching, size, seed: schedule(
@@ -352,6 +358,3 @@ def test_rows_need_lengths():
     """They are packed from them."""
     with pytest.raises(ValueError, match="rows are packed from lengths"):
         schedule(batching="rows", lengths=None)
-
-
-GOLDEN: dict = {}

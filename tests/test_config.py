@@ -1,5 +1,6 @@
 """The job file: defaults, precedence, paths, and every fault with its place."""
 
+import glob
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,12 @@ def test_numbers_in_short_scientific_form_are_numbers(text, job_file):
     assert load(add(job_file, f"train: {{learning_rate: {text}}}\n")).train.learning_rate == 2e-5
 
 
+def test_numbers_in_short_scientific_form_are_numbers_among_the_extra_arguments(job_file):
+    """train.extra reaches TrainingArguments as it is; an adam_epsilon of text stops torch."""
+    config = load(job_file, ["train.extra={adam_epsilon: 1e-8}"])
+    assert config.train.extra == {"adam_epsilon": 1e-8}
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 def test_any_positive_learning_rate_arrives_unchanged(job_file, rate):
@@ -129,7 +136,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_relative_paths_of_the_file_are_taken_from_its_folder(job_file, elsewhere):
     """A job file can be started from anywhere."""
-    add(job_file, "")
     job_file.write_text(
         "model: {path: ./llama}\n"
         "data: {train: [conversations.json], cache_dir: ../cache}\n"
@@ -181,11 +187,15 @@ def test_the_cache_lies_beside_the_run_directory(job_file):
     assert load(job_file).cache_dir == job_file.parent / ".sft_job_cache"
 
 
-def test_globs_give_files_sorted(tmp_path):
-    """A pattern means its files in the order of their names; folders are no files."""
+def test_globs_give_files_sorted(tmp_path, monkeypatch):
+    """In the order of their names, whatever that of the file system is; folders are no files."""
     for name in ("b.json", "a.json", "c.txt"):
         (tmp_path / name).touch()
     (tmp_path / "d.json").mkdir()
+    found = glob.glob
+    monkeypatch.setattr(
+        schema.glob, "glob", lambda *args, **options: sorted(found(*args, **options), reverse=True)
+    )
     assert [path.name for path in expand(str(tmp_path / "*.json"))] == ["a.json", "b.json"]
 
 
@@ -343,6 +353,12 @@ def test_yes_is_not_a_number(override, job_file):
     """A switch where a number belongs is a mistake, not the number 1."""
     with pytest.raises(ConfigError, match=r"override train\."):
         load(job_file, [override])
+
+
+def test_an_infinite_learning_rate_is_refused(job_file):
+    """It cannot even be stored: job.json would hold null, and no resume could read it."""
+    with pytest.raises(ConfigError, match=r"override train\.learning_rate"):
+        load(job_file, ["train.learning_rate=.inf"])
 
 
 @pytest.mark.parametrize("key", ["run.dir", "model.path", "data.cache_dir"])
@@ -510,7 +526,6 @@ def test_a_micro_batch_holds_at_least_one_whole_sample(job_file):
 
 def test_missing_data_and_model_are_named(job_file):
     """Before anything is started: which pattern matches nothing, which folder is not there."""
-    add(job_file, "")
     text = job_file.read_text().replace("[conversations.json]", "[conversations.json, no/*.json]")
     job_file.write_text(text.replace('"bundled:smollm2-135m"', "./llama"))
     assert faults(job_file) == [
@@ -674,9 +689,9 @@ HUGGING_FACE = {
 def sections() -> Iterator[type[BaseModel]]:
     """All sections and variants that config.py declares, the job itself apart."""
     for value in vars(schema).values():
-        if isinstance(value, type) and issubclass(value, Section):
-            if value not in (Section, JobConfig):
-                yield value
+        a_section = isinstance(value, type) and issubclass(value, Section)
+        if a_section and value not in (Section, JobConfig):
+            yield value
 
 
 def test_every_field_is_explained():

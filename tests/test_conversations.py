@@ -382,7 +382,7 @@ def test_what_is_kept_is_kept_whole():
 def test_a_trainable_conversation_has_exchanges_without_empty_text():
     """The type itself refuses what would teach nothing."""
     for exchanges in ((), (Exchange("", "a"),), (Exchange("u", "a"), Exchange("u", ""))):
-        with pytest.raises(ValueError, match="d.json:1: not a trainable conversation"):
+        with pytest.raises(ValueError, match=r"d\.json:1: not a trainable conversation"):
             Trainable("c1", "d.json:1", None, exchanges)
 
 

@@ -63,7 +63,7 @@ def test_exit_codes_mean_ours_yours_and_again():
     """1 is our fault, 2 the user's, 75 is EX_TEMPFAIL: run the same command again."""
     assert {kind.exit_code for kind in ALL} == {1, 2, 75}
     assert [kind.__name__ for kind in ALL if kind.exit_code == 75] == ["Interrupted"]
-    assert errors.EXIT_INTERRUPTED == Interrupted.exit_code
+    assert Interrupted.exit_code == errors.EXIT_INTERRUPTED
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -1,0 +1,727 @@
+"""What is derived from a job: every value and its reason."""
+
+import ast
+import dataclasses
+import json
+import os
+import struct
+from array import array
+from pathlib import Path
+
+import pytest
+
+from sft_job import conversations, hardware, plan
+from sft_job.batching import Schedule
+from sft_job.config import load
+from sft_job.errors import HardwareError, ModelError
+from sft_job.hardware import Hardware
+from sft_job.plan import (
+    LOST,
+    DataStats,
+    ModelFacts,
+    find_prepared,
+    lost_lines,
+    model_facts,
+    plan_of,
+    prepared_key,
+    processes,
+    read_facts,
+    resolve,
+    schedule_of,
+    show,
+)
+
+A100 = Hardware("cuda", 8, "NVIDIA A100-SXM4-80GB", (8, 0), True, 80.0)
+V100 = Hardware("cuda", 8, "Tesla V100-SXM2-32GB", (7, 0), False, 32.0)
+CPU = Hardware("cpu", 1, "Old Xeon", None, False, 64.0)
+CPU_BF16 = Hardware("cpu", 1, "New Xeon", None, True, 64.0)
+LLAMA = ModelFacts("llama", 32, 4096, 32000, 4096, None, False, 6_738_415_616)
+
+
+def stats(lengths=None, **changes) -> DataStats:
+    """Statistics of encoded data; without lengths as preprocess: lazy leaves them."""
+    count = len(lengths) if lengths is not None else 10
+    values = {
+        "fingerprint": "f",
+        "conversations": count,
+        "samples": count,
+        "lengths": lengths,
+        "supervised_tokens": sum(lengths) // 2 if lengths is not None else None,
+        "lost": {},
+        "begin": "<s>",
+        "end": "</s>",
+    }
+    return DataStats(**(values | changes))
+
+
+@pytest.fixture
+def resolved(job_file):
+    """Resolve the minimal job with overrides."""
+
+    def resolve_job(*overrides, machine=A100, world=1, data=None, facts=LLAMA):
+        return resolve(load(job_file, overrides), machine, world, data, facts)
+
+    return resolve_job
+
+
+# --- precision and attention ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "value", "reason"),
+    [
+        (A100, "auto", "bf16", "NVIDIA A100-SXM4-80GB computes in bf16"),
+        (A100, "bf16", "bf16", "asked for"),
+        (A100, "fp32", "fp32", "asked for"),
+        (V100, "fp32", "fp32", "asked for"),
+        (CPU, "auto", "fp32", "Old Xeon has no bf16 arithmetic"),
+        (CPU, "fp32", "fp32", "asked for"),
+        (CPU, "bf16", "bf16", "asked for"),
+        (CPU_BF16, "auto", "bf16", "New Xeon computes in bf16"),
+    ],
+)
+def test_precision_is_chosen_by_auto_alone(machine, asked, value, reason, resolved):
+    """auto takes what the hardware computes in; a name is done."""
+    precision = resolved(f"train.precision={asked}", machine=machine).precision
+    assert (precision.value, precision.reason) == (value, reason)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("bf16", "train.precision: bf16, but Tesla V100-SXM2-32GB has no bf16 arithmetic"),
+        ("auto", "Tesla V100-SXM2-32GB has no bf16 arithmetic, and fp16 .* not available"),
+    ],
+)
+def test_an_old_gpu_is_refused_with_the_way_out(asked, expected, resolved):
+    """Never a silent fp32 on a GPU, never an emulated bf16."""
+    with pytest.raises(HardwareError, match=rf"{expected}(.|\n)*-> use train.precision=fp32"):
+        resolved(f"train.precision={asked}", machine=V100)
+
+
+@pytest.mark.parametrize("machine", [A100, CPU])
+def test_attention_has_a_reason(machine, resolved):
+    """auto chooses and says why; a name is done."""
+    chosen = resolved(machine=machine).attention
+    assert (chosen.value, chosen.reason != "asked for") == ("sdpa", True)
+    assert resolved("model.attention=sdpa", machine=machine).attention.reason == "asked for"
+
+
+def test_the_device_is_named_as_it_is(resolved):
+    """GPUs with their number, a CPU by its name."""
+    assert resolved(world=8).device == "8 x NVIDIA A100-SXM4-80GB"
+    assert resolved(machine=CPU, world=2).device == "Old Xeon"
+
+
+# --- RoPE ----------------------------------------------------------------------------------
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}  # Vicuna 16k
+OLD_LINEAR = {"type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+AUTO, NONE = "auto", "none"
+
+
+def linear(factor: float) -> str:
+    return f"{{type: linear, factor: {factor}}}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "seq_len", "context", "existing", "value", "factor", "reason"),
+    [
+        # no scaling in the model
+        (AUTO, 4096, 4096, None, "none", None, "data.seq_len fits the native context of 4,096"),
+        (NONE, 2048, 4096, None, "none", None, "data.seq_len fits the native context of 4,096"),
+        (AUTO, 4097, 4096, None, "linear x2", 2.0, "ceil(data.seq_len 4,097 / native"),
+        (AUTO, 16384, 2048, None, "linear x8", 8.0, "ceil(data.seq_len 16,384 / native"),
+        (linear(2), 2048, 4096, None, "linear x2", 2.0, "asked for"),
+        (linear(2.5), 10000, 4096, None, "linear x2.5", 2.5, "asked for"),
+        # the model's own is good enough, and left alone
+        (AUTO, 16384, 4096, LINEAR, "linear x4", None, "the model's own, good for 16,384"),
+        (AUTO, 16384, 4096, OLD_LINEAR, "linear x4", None, "the model's own, good for 16,384"),
+        (linear(4), 16384, 4096, LINEAR, "linear x4", None, "the model's own, good for 16,384"),
+        (AUTO, 2048, 4096, LINEAR, "linear x4", None, "the model's own, good for 16,384"),
+        (AUTO, 131072, 131072, LLAMA3, "llama3 x8", None, "the model's own, good for 131,072"),
+        # yarn: some families state the scaled context, some the original one
+        (AUTO, 131072, 131072, YARN, "yarn x4", None, "the model's own, good for 131,072"),
+        (AUTO, 131072, 32768, YARN, "yarn x4", None, "the model's own, good for 131,072"),
+    ],
+)
+def test_rope_is_decided(asked, seq_len, context, existing, value, factor, reason, resolved):
+    """The value, the factor to set (None: positions stay as they are), and why."""
+    facts = dataclasses.replace(LLAMA, context=context, rope=existing)
+    overrides = [f"model.rope={asked}", f"data.seq_len={seq_len}"]
+    done = resolved(*overrides, "train.micro_batch_tokens=200000", facts=facts)
+    assert (done.rope.value, done.rope_factor) == (value, factor)
+    assert done.rope.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("asked", "seq_len", "context", "existing", "expected"),
+    [
+        (NONE, 4097, 4096, None, "longer than the native context of 4,096 and model.rope is none"),
+        (linear(2), 8193, 4096, None, "factor 2 x native context 4,096 is less than .* 8,193"),
+        (AUTO, 16385, 4096, LINEAR, r"already scales .*\(linear x4, context 16,384\)"),
+        (AUTO, 131073, 131072, LLAMA3, r"already scales .*\(llama3 x8, context 131,072\)"),
+        (AUTO, 131073, 32768, YARN, r"already scales .*\(yarn x4, context 131,072\)"),
+        (NONE, 2048, 4096, LINEAR, "with model.rope none does not fit"),
+        (linear(2), 2048, 4096, LINEAR, "with model.rope linear x2 does not fit"),
+        (linear(8), 2048, 131072, LLAMA3, "with model.rope linear x8 does not fit"),
+    ],
+)
+def test_rope_that_cannot_be_had_is_refused(asked, seq_len, context, existing, expected, resolved):
+    """Never a second scaling on top of the model's own, never a context that is too short."""
+    facts = dataclasses.replace(LLAMA, context=context, rope=existing)
+    overrides = [f"model.rope={asked}", f"data.seq_len={seq_len}"]
+    with pytest.raises(ModelError, match=rf"^bundled:smollm2-135m: .*{expected}(.|\n)*\n  -> use "):
+        resolved(*overrides, "train.micro_batch_tokens=200000", facts=facts)
+
+
+def test_the_remedy_of_a_small_factor_is_a_factor_that_works(resolved):
+    """What the message proposes is accepted."""
+    with pytest.raises(ModelError, match="use a factor of at least 3"):
+        resolved(f"model.rope={linear(2)}", "data.seq_len=9000")
+    assert resolved(f"model.rope={linear(3)}", "data.seq_len=9000").rope_factor == 3
+
+
+def test_without_config_json_rope_is_unknown(resolved):
+    """Unknown stays unknown."""
+    done = resolved(facts=None)
+    assert (done.rope.value, done.rope_factor) == ("unknown", None)
+    assert done.parameters is None
+
+
+# --- steps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "overrides", "steps", "per_epoch", "warmup"),
+    [
+        (1000, [], 24, 8, 1),  # ceil(1000 / 128) = 8, 3 epochs, ceil(0.03 x 24) = 1
+        (1024, [], 24, 8, 1),
+        (1025, [], 27, 9, 1),
+        (1000, ["train.global_batch_size=10", "train.warmup_ratio=0.1"], 300, 100, 30),
+        (1000, ["train.global_batch_size=10", "train.warmup_ratio=0"], 300, 100, 0),
+        (1000, ["train.max_steps=5", "train.warmup_ratio=0.5"], 5, 8, 3),
+        (1000, ["train.max_steps=100", "train.warmup_ratio=1"], 100, 8, 100),
+        (3, [], 3, 1, 1),
+    ],
+)
+def test_steps_and_warm_up_are_counted(samples, overrides, steps, per_epoch, warmup, resolved):
+    """Steps of an epoch, of the run, and of the rise of the learning rate."""
+    done = resolved(*overrides, data=stats([10] * samples))
+    assert (done.steps, done.steps_per_epoch, done.warmup_steps) == (steps, per_epoch, warmup)
+
+
+def test_steps_of_lazy_data_are_known_and_its_tokens_are_not(resolved):
+    """Structure is checked before the start, lengths come with the steps."""
+    done = resolved("data.preprocess=lazy", "train.global_batch_size=4", data=stats())
+    assert (done.steps, done.samples) == (9, 10)
+    assert (done.tokens, done.supervised_tokens, done.micro_batches) == (None, None, None)
+
+
+def test_an_epoch_of_less_than_a_step_is_said(resolved):
+    """The tail is the whole epoch: the published batch size is not reached."""
+    note = "one epoch is a single step: 3 conversations are fewer than train.global_batch_size"
+    assert any(text.startswith(note) for text in resolved(data=stats([10] * 3)).notes)
+    assert resolved("train.global_batch_size=3", data=stats([10] * 3)).notes == ()
+
+
+def test_micro_batches_are_counted_over_full_and_last_steps(resolved):
+    """10 samples of 8 tokens, 8 tokens a micro-batch: 4, 4 and 2 on one rank; half on two."""
+    overrides = [
+        "data.seq_len=8",
+        "train.micro_batch_tokens=8",
+        "train.global_batch_size=4",
+    ]
+    data = stats([8] * 10)
+    assert resolved(*overrides, data=data).micro_batches == (2, 4)
+    assert resolved(*overrides, world=2, data=data).micro_batches == (1, 2)
+    assert resolved(*overrides, world=2, data=data).idle_share == pytest.approx(0)
+
+
+def test_waiting_ranks_are_said(resolved):
+    """Two samples on eight ranks cannot be levelled."""
+    done = resolved("train.global_batch_size=2", world=8, data=stats([10] * 4))
+    assert done.idle_share == pytest.approx(0.75)
+    assert any(note.startswith("ranks wait 75% of the time") for note in done.notes)
+
+
+def test_rows_are_units_of_rows(resolved):
+    """With batching: rows a step counts rows of seq_len tokens."""
+    overrides = ["data.batching=rows", "data.seq_len=8", "train.global_batch_size=2"]
+    done = resolved(*overrides, data=stats([4] * 10))
+    assert (done.batching, done.steps_per_epoch) == ("rows", 3)
+
+
+def test_the_schedule_is_the_one_of_the_job(job_file):
+    """Every value that decides the order is handed on."""
+    config = load(job_file, ["train.seed=3", "train.max_steps=7", "data.seq_len=64"])
+    assert schedule_of(config, stats([10] * 4)) == Schedule(
+        sample_count=4,
+        fingerprint="f",
+        seed=3,
+        batching="conversations",
+        global_batch_size=128,
+        num_train_epochs=3,
+        max_steps=7,
+        seq_len=64,
+        lengths=[10] * 4,
+    )
+
+
+# --- sizes ---------------------------------------------------------------------------------
+
+
+def test_sizes_on_disk(resolved):
+    """A checkpoint is weights and two moments in fp32; the model is in the compute dtype."""
+    done = resolved()
+    assert done.checkpoint_bytes == 12 * LLAMA.parameters
+    assert done.model_bytes == 2 * LLAMA.parameters
+    assert resolved("train.precision=fp32").model_bytes == 4 * LLAMA.parameters
+    assert resolved(facts=None).checkpoint_bytes is None
+
+
+def test_the_scale_of_attention_is_body_by_layers_and_width():
+    """12 x hidden for the LLaMA shape, which also stands in for an unknown size."""
+    assert LLAMA.attention_scale == pytest.approx(12 * 4096, rel=0.01)
+    assert dataclasses.replace(LLAMA, parameters=None).attention_scale == 12 * 4096
+    tied = dataclasses.replace(LLAMA, tied=True)
+    assert tied.attention_scale - LLAMA.attention_scale == pytest.approx(32000 / 32)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "said"),
+    [("zero3", "bf16", True), ("zero3", "fp32", False), ("fsdp", "bf16", False)],
+)
+def test_rounded_masters_of_zero3_are_said(engine, precision, said, resolved):
+    """DeepSpeed starts from bf16-rounded weights, and what is done about it."""
+    notes = resolved(f"engine.type={engine}", f"train.precision={precision}").notes
+    assert any("ZeRO-3 makes its fp32 masters" in note for note in notes) is said
+
+
+# --- processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "machine", "expected"),
+    [("null", CPU, 1), ("2", CPU, 2), ("null", A100, 8), ("1", A100, 1), ("8", A100, 8)],
+)
+def test_one_process_per_gpu_and_one_on_a_cpu(asked, machine, expected, job_file):
+    """null means all GPUs; a CPU takes as many as are asked for."""
+    assert processes(load(job_file, [f"run.processes={asked}"]), machine) == expected
+
+
+def test_more_processes_than_gpus_are_refused(job_file):
+    """Two processes on one GPU would only wait for each other."""
+    expected = r"run.processes is 9, but this machine has 8 GPU\(s\)\n  -> use run.processes=8 or"
+    with pytest.raises(HardwareError, match=expected):
+        processes(load(job_file, ["run.processes=9"]), A100)
+
+
+# --- shown ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [None, stats([10] * 300), stats()])
+@pytest.mark.parametrize("facts", [None, LLAMA])
+def test_a_plan_can_be_stored_as_json(data, facts, resolved):
+    """The run directory keeps it; reading it back gives the same values."""
+    done = resolved(data=data, facts=facts)
+    stored = json.loads(json.dumps(dataclasses.asdict(done)))
+    assert stored["precision"] == {"value": "bf16", "reason": done.precision.reason}
+    assert stored["steps"] == done.steps
+    assert set(stored) == {field.name for field in dataclasses.fields(done)}
+
+
+def test_a_plan_before_encoding_says_what_is_not_known_yet(resolved):
+    """Nothing is guessed, and how to know it is said."""
+    lines = show(resolved(world=8)).splitlines()
+    assert "model      bundled:smollm2-135m  (6,738.4 M parameters)" in lines
+    assert "engine     fsdp, 8 process(es) on 8 x NVIDIA A100-SXM4-80GB" in lines
+    assert "steps      known after encoding (sft-job data encode job.yaml)" in lines
+    assert not [line for line in lines if line.startswith(("tokens", "step ", "stop token"))]
+    assert not [line for line in lines if "None" in line]
+
+
+def test_a_plan_after_encoding_shows_the_arithmetic(resolved):
+    """Samples, tokens, steps, warm-up, micro-batches, sizes, losses."""
+    data = stats([100] * 300, conversations=310, lost={"overlong_dropped": 10, "duplicate": 0})
+    lines = show(resolved(data=data)).splitlines()
+    assert "data       310 conversations -> 300 samples" in lines
+    assert "tokens     30,000 an epoch, 15,000 (50%) trained on, no padding" in lines
+    assert "stop token '</s>' after every answer; '<s>' at the beginning" in lines
+    assert "steps      9 of 128 conversations (3 an epoch), 1 of them warm-up" in lines
+    assert "step       1 micro-batch(es) on each of 1; predicted idle share 0.0%" in lines
+    assert "disk       75.31 GiB a checkpoint, 12.55 GiB the model" in lines
+    assert lines[-2:] == ["not trained on:", "        10  conversations dropped as overlong"]
+
+
+def test_a_plan_of_good_data_speaks_of_no_losses(resolved):
+    """A count of 0 is no loss: no heading without lines below it."""
+    assert "not trained on" not in show(resolved(data=stats([10] * 300, lost={"duplicate": 0})))
+
+
+def test_a_tokenizer_that_begins_with_nothing_is_said(resolved):
+    """SmolLM2 has no begin-of-sequence id."""
+    text = show(resolved(data=stats([10] * 300, begin=None)))
+    assert "'</s>' after every answer; nothing at the beginning" in text
+
+
+def test_notes_come_last(resolved):
+    """They are what a reader must not miss."""
+    assert show(resolved(data=stats([10]))).splitlines()[-1].startswith("note: one epoch is a")
+
+
+def test_every_reason_of_a_loss_has_a_text():
+    """A reason that is counted anywhere can be printed."""
+    counted = set()
+    for path in Path(plan.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("lost"):
+                texts = (n.value for n in ast.walk(node.slice) if isinstance(n, ast.Constant))
+                counted |= {text for text in texts if isinstance(text, str)}
+    assert {"empty_turn", "trailing_user_turn", "no_complete_exchange", "duplicate"} <= counted
+    assert counted - set(LOST) == set()
+
+
+def test_every_reason_that_is_drawn_has_a_text():
+    """The policy in the docstring of conversations.py and the printed texts agree."""
+    policy = conversations.__doc__.partition("Policy.")[2].splitlines()
+    drawn = {line.split()[0] for line in policy if line.startswith("    ")}
+    assert len(drawn) == 5
+    assert drawn - set(LOST) == set()
+
+
+def test_losses_are_shown_with_their_counts():
+    """One line each; what was not lost is not shown."""
+    assert lost_lines({"wrong_order": 12345, "empty_turn": 0}) == [
+        "    12,345  turns after the roles stopped alternating, dropped"
+    ]
+
+
+# --- what is on disk -----------------------------------------------------------------------
+
+CONFIG_JSON = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
+def model_folder(folder: Path, **changes) -> Path:
+    """A model folder with a config.json."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG_JSON | changes))
+    return folder
+
+
+def weights(path: Path, *shapes: list[int]) -> None:
+    """A safetensors file of which only the header is real."""
+    header = {
+        str(n): {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+        for n, shape in enumerate(shapes)
+    }
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def test_facts_are_read_from_config_and_headers(tmp_path):
+    """Parameters are counted over all weight files, without reading a weight."""
+    folder = model_folder(tmp_path / "m", tie_word_embeddings=True)
+    weights(folder / "model-00001-of-00002.safetensors", [32, 8], [8])
+    weights(folder / "model-00002-of-00002.safetensors", [4, 8])
+    assert read_facts(folder) == ModelFacts("llama", 2, 8, 32, 64, None, True, 296)
+
+
+def test_facts_without_weights_have_no_size(tmp_path):
+    """Unknown, not 0."""
+    assert read_facts(model_folder(tmp_path / "m")).parameters is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope_scaling": OLD_LINEAR}, OLD_LINEAR),
+        ({"rope_parameters": LLAMA3}, LLAMA3),
+        ({"rope_scaling": None}, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, None),
+    ],
+)
+def test_an_existing_rope_scaling_is_found(changes, expected, tmp_path):
+    """Under its old and its new name; the default is none."""
+    assert read_facts(model_folder(tmp_path / "m", **changes)).rope == expected
+
+
+def test_a_folder_without_config_is_no_model(tmp_path):
+    """Weights in another layout, or the wrong folder."""
+    with pytest.raises(ModelError, match=r"no config\.json in the model folder\n  -> model.path"):
+        read_facts(tmp_path)
+
+
+def test_a_broken_config_is_named(tmp_path):
+    """With the folder and what JSON expected."""
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=rf"^{tmp_path}: config\.json cannot be read: Expecting"):
+        read_facts(tmp_path)
+
+
+def test_another_architecture_is_named(tmp_path):
+    """T5 has no num_hidden_layers under that name."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match="has no num_hidden_layers: not a decoder of the LLaMA"):
+        read_facts(tmp_path)
+
+
+def test_a_weight_file_that_is_none_is_named(tmp_path):
+    """What git leaves without LFS: 130 bytes of text that are called model.safetensors."""
+    folder = model_folder(tmp_path / "m")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        read_facts(folder)
+
+
+def test_facts_of_a_hub_model_come_from_the_local_hub_cache(job_file, tmp_path, monkeypatch):
+    """By branch through refs/, by commit directly; None when it is not here."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = load(job_file, ["model.path=org/name"])
+    assert model_facts(config, None) is None
+    repository = tmp_path / "hub/models--org--name"
+    model_folder(repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    assert model_facts(config, None).layers == 2
+    by_commit = load(job_file, ["model.path=org/name", "model.revision=abc"])
+    assert model_facts(by_commit, None).layers == 2
+    other = load(job_file, ["model.path=org/name", "model.revision=v2"])
+    assert model_facts(other, None) is None
+
+
+def test_facts_of_a_local_model_come_from_its_folder(job_file, tmp_path):
+    """An absolute path is read as it is."""
+    folder = model_folder(tmp_path / "m")
+    assert model_facts(load(job_file, [f"model.path={folder}"]), None) == read_facts(folder)
+
+
+def test_facts_of_the_bundled_model_need_nothing(job_file):
+    """The plan is there before the weights are."""
+    assert model_facts(load(job_file), None).parameters == 134_515_008
+
+
+# --- what was prepared ---------------------------------------------------------------------
+
+
+def test_the_key_changes_when_a_file_of_the_data_changes(job_file):
+    """Its size or its time: nothing is read for it."""
+    before = prepared_key(load(job_file))
+    path = job_file.parent / "conversations.json"
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    touched = prepared_key(load(job_file))
+    path.write_text(path.read_text() + "\n")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert len({before, touched, prepared_key(load(job_file))}) == 3
+
+
+def test_the_key_changes_when_a_pattern_matches_more(job_file):
+    """A new file is new data."""
+    job_file.write_text(job_file.read_text().replace("conversations.json", "'*.json'"))
+    before = prepared_key(load(job_file))
+    (job_file.parent / "more.json").write_text("[]")
+    assert prepared_key(load(job_file)) != before
+
+
+def test_the_key_changes_when_a_file_of_the_model_changes(job_file, tmp_path):
+    """The tokenizer and the weights are read from there."""
+    folder = model_folder(tmp_path / "m")
+    config = load(job_file, [f"model.path={folder}"])
+    before = prepared_key(config)
+    (folder / "tokenizer.json").write_text("{}")
+    assert prepared_key(config) != before
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.seq_len=512",
+        "data.preprocess=lazy",
+        "data.overlong=drop",
+        "model.path=org/name",
+        "model.revision=v2",
+    ],
+)
+def test_the_key_changes_with_what_is_prepared(override, job_file):
+    """Other ids, other labels, another model."""
+    assert prepared_key(load(job_file, [override])) != prepared_key(load(job_file))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=elsewhere",
+        "data.cache_dir=elsewhere",
+        "data.batching=rows",
+        "train.seed=1",
+        "train.global_batch_size=2",
+        "engine.type=zero3",
+    ],
+)
+def test_the_key_does_not_change_with_what_comes_later(override, job_file):
+    """Another run of the same data finds it ready."""
+    assert prepared_key(load(job_file, [override])) == prepared_key(load(job_file))
+
+
+@pytest.fixture
+def prepared(job_file, tmp_path) -> Path:
+    """Encoded data and a model in the cache, as `data encode` leaves them; the data folder."""
+    cache = tmp_path / ".sft_job_cache"
+    folder = cache / "tokens/f"
+    folder.mkdir(parents=True)
+    meta = {
+        "fingerprint": "f",
+        "conversations": 3,
+        "samples": 2,
+        "tokens": 30,
+        "supervised_tokens": 12,
+        "lost": {"empty_turn": 1},
+        "begin": None,
+        "end": "<|im_end|>",
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "lengths.bin").write_bytes(array("I", [10, 20]).tobytes())
+    stamp = {
+        "model_folder": str(model_folder(cache / "models/m")),
+        "data_folder": str(folder),
+    }
+    (cache / "prepared").mkdir()
+    key = prepared_key(load(job_file))[:32]
+    (cache / "prepared" / f"{key}.json").write_text(json.dumps(stamp))
+    return folder
+
+
+def test_what_was_prepared_is_found(job_file, prepared):
+    """Statistics with the length of every sample."""
+    found = find_prepared(load(job_file))
+    assert found.data_folder == str(prepared)
+    assert list(found.stats.lengths) == [10, 20]
+    assert (found.stats.conversations, found.stats.supervised_tokens) == (3, 12)
+
+
+def test_lazy_data_has_no_lengths(job_file, prepared):
+    """tokens is null in what was prepared."""
+    meta = json.loads((prepared / "meta.json").read_text()) | {"tokens": None}
+    (prepared / "meta.json").write_text(json.dumps(meta))
+    assert find_prepared(load(job_file)).stats.lengths is None
+
+
+@pytest.mark.parametrize("gone", ["tokens/f/meta.json", "models/m", "prepared"])
+def test_what_has_vanished_is_prepared_again(gone, job_file, prepared):
+    """Somebody may empty a cache at any time."""
+    path = prepared.parents[1] / gone
+    path.rename(path.with_name("away"))
+    assert find_prepared(load(job_file)) is None
+
+
+def test_nothing_is_prepared_for_another_job(job_file, prepared):
+    """The stamp is of this very job file."""
+    assert find_prepared(load(job_file, ["data.seq_len=512"])) is None
+
+
+def test_the_plan_of_a_prepared_job_knows_its_steps(job_file, prepared, monkeypatch, capsys):
+    """`sft-job plan` with --json and without, for this machine."""
+    monkeypatch.setattr(hardware, "detect", lambda: CPU)
+    assert plan.main([str(job_file), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["steps"], shown["tokens"], shown["precision"]["value"]) == (3, 30, "fp32")
+    plan.main([str(job_file), "train.global_batch_size=1"])
+    assert "steps      6 of 1 conversations (2 an epoch)" in capsys.readouterr().out
+
+
+def test_a_plan_may_be_made_for_another_number_of_processes(job_file, monkeypatch):
+    """Under srun the world is larger than this machine."""
+    monkeypatch.setattr(hardware, "detect", lambda: A100)
+    assert plan_of(load(job_file), 64)[0].world_size == 64
+    assert plan_of(load(job_file))[0].world_size == 8
+
+
+# --- the machine ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Put an nvidia-smi into PATH that prints the given rows."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def install(*rows: str, code: int = 0) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "rows").write_text("".join(f"{row}\n" for row in rows))
+        script = folder / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\n/bin/cat '{folder}/rows'\nexit {code}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+
+    return install
+
+
+A100_ROW = "NVIDIA A100-SXM4-80GB, 81920, 8.0, GPU-{}"
+V100_ROW = "Tesla V100-SXM2-32GB, 32768, 7.0, GPU-{}"
+
+
+def test_gpus_are_asked_from_the_driver(nvidia_smi):
+    """Name, number, capability, memory."""
+    nvidia_smi(*(A100_ROW.format(uuid) for uuid in "abcdefgh"))
+    assert hardware.detect() == A100
+
+
+def test_bf16_needs_capability_8(nvidia_smi):
+    """is_bf16_supported() counts emulation, this does not."""
+    nvidia_smi(V100_ROW.format("a"))
+    found = hardware.detect()
+    assert (found.capability, found.bf16) == ((7, 0), False)
+
+
+def test_a_machine_without_driver_is_a_cpu(tmp_path, monkeypatch):
+    """No nvidia-smi, no GPU."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = hardware.detect()
+    assert (found.device, found.count, found.capability) == ("cpu", 1, None)
+    assert found.memory_gib > 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("0", 1), ("2,0", 2), ("", 0), ("-1", 0), ("0,9,1", 1), ("GPU-b,GPU-c", 2), (" 0 , 1 ", 2)],
+)
+def test_hidden_gpus_do_not_count(visible, count, nvidia_smi, monkeypatch):
+    """CUDA_VISIBLE_DEVICES by index or uuid; the list ends at the first unknown entry."""
+    nvidia_smi(*(A100_ROW.format(uuid) for uuid in "abc"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = hardware.detect()
+    assert (found.device, found.count) == (("cuda", count) if count else ("cpu", 1))
+
+
+def test_different_gpus_are_refused(nvidia_smi, monkeypatch):
+    """The slowest would decide, and precision could not; hiding one kind is the way out."""
+    nvidia_smi(A100_ROW.format("a"), V100_ROW.format("b"))
+    with pytest.raises(HardwareError, match=r"differ: .*A100.*\(sm_8.0\), .*V100(.|\n)*CUDA_VIS"):
+        hardware.detect()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert hardware.detect().name == "Tesla V100-SXM2-32GB"
+
+
+def test_a_broken_driver_is_no_reason_to_train_on_the_cpu(nvidia_smi):
+    """What the driver says, and what to do."""
+    nvidia_smi("Driver/library version mismatch", code=18)
+    expected = r"nvidia-smi failed: Driver/library version mismatch\n  -> mend the driver"
+    with pytest.raises(HardwareError, match=expected):
+        hardware.detect()
+
+
+def test_memory_that_the_driver_does_not_tell_is_unknown(nvidia_smi):
+    """GPUs that share the machine's memory answer [N/A]."""
+    nvidia_smi("NVIDIA GB10, [N/A], 12.1, GPU-a")
+    found = hardware.detect()
+    assert (found.capability, found.memory_gib) == ((12, 1), None)
