@@ -464,8 +464,10 @@ def test_validate_reads_a_file_once_however_many_patterns_match_it(job_file, cap
     assert capsys.readouterr().out == "1 conversations read, 1 to train on, 1 answers\n"
 
 
-def test_validate_refuses_data_without_anything_to_train_on(job_file):
-    """Found in a second, not after the model is loaded."""
+def test_validate_refuses_data_without_anything_to_train_on(job_file, capsys):
+    """And shows what was dropped and why: every other command refers to it for that."""
     write(job_file.parent / "conversations.json", [record({"from": "gpt", "value": "a"})])
-    with pytest.raises(DataError, match="no conversation has a complete exchange"):
+    with pytest.raises(DataError, match="no conversation has a complete exchange") as caught:
         data.validate(load(job_file))
+    said = capsys.readouterr().out + str(caught.value)
+    assert "1  assistant turns before any question, dropped" in said
