@@ -9,6 +9,7 @@
               batching        which samples make a step, and who computes them
               hardware        what this machine has
               attention       the attention kernels and the choice among them
+              prepared        what is already on this machine for a job
               workers         the training processes of one machine: started, watched, stopped
               plan            everything derived from a job, in one place; `sft-job plan`
     layer 3   world           the processes that train together, and what they agree on

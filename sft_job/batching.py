@@ -113,7 +113,7 @@ def idle_share(
         for ranks in dealt
     ]
     waited = sum(max(ranks) * len(ranks) for ranks in loads)
-    return 1 - sum(map(sum, loads)) / waited if waited else 0.0
+    return max(0.0, 1 - sum(map(sum, loads)) / waited) if waited else 0.0
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,19 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from sft_job.errors import ConfigError
 
@@ -29,18 +36,32 @@ NOT_YET = {
 }
 
 
+def _not_a_bool(value: Any) -> Any:
+    """YAML reads `yes` and `on` as true, and Python takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"input should be a number, not {value}")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Whole = Annotated[int, BeforeValidator(_not_a_bool)]
+Number = Annotated[float, BeforeValidator(_not_a_bool)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class LinearRope(Section):
     type: Literal["linear"]
-    factor: float = Field(ge=1)
+    factor: Number = Field(ge=1)
     """Positions are divided by this factor; the context grows by it."""
 
 
 class Model(Section):
-    path: str
+    path: Text
     """Hub id, local folder, or bundled:smollm2-135m."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; null means the default branch."""
@@ -58,7 +79,7 @@ class Data(Section):
     """Files and globs, ShareGPT or messages form, .json or .jsonl."""
     template: Literal["vicuna"] = "vicuna"
     """How a conversation becomes text."""
-    seq_len: int = Field(2048, ge=8)
+    seq_len: Whole = Field(2048, ge=8)
     """Longest sample in tokens; with batching: rows also the length of a row."""
     batching: Literal["conversations", "rows"] = "conversations"
     """What global_batch_size counts: conversations (the published recipe) or packed rows of
@@ -67,7 +88,7 @@ class Data(Section):
     """cached tokenises everything once before the start; lazy tokenises each step as it comes."""
     overlong: Literal["truncate", "split", "drop", "error"] = "truncate"
     """What happens to a conversation of more than seq_len tokens."""
-    cache_dir: str | None = None
+    cache_dir: Text | None = None
     """Token cache and converted weights; null means .sft_job_cache beside run.dir."""
 
     def files(self) -> list[Path]:
@@ -76,21 +97,21 @@ class Data(Section):
 
 
 class Train(Section):
-    global_batch_size: int = Field(128, ge=1)
+    global_batch_size: Whole = Field(128, ge=1)
     """Conversations (or rows) per optimizer step, over all ranks and micro-batches."""
-    micro_batch_tokens: int = Field(16384, ge=8)
+    micro_batch_tokens: Whole = Field(16384, ge=8)
     """At most so many tokens per rank and forward: the memory knob. Does not change the result."""
-    num_train_epochs: int = Field(3, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    num_train_epochs: Whole = Field(3, ge=1)
+    max_steps: Whole | None = Field(None, ge=1)
     """Stop after so many optimizer steps instead of after num_train_epochs."""
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: Number = Field(2e-5, gt=0)
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    warmup_ratio: Number = Field(0.03, ge=0, le=1)
     """Share of all steps over which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    weight_decay: Number = Field(0.0, ge=0)
+    max_grad_norm: Number = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 never scales."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the computation; master weights and reductions are always fp32. auto is bf16
@@ -100,7 +121,7 @@ class Train(Section):
     much less memory."""
     deterministic: bool = False
     """Refuse kernels whose result depends on the order of execution."""
-    seed: int = Field(0, ge=0)
+    seed: Whole = Field(0, ge=0)
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further Hugging Face TrainingArguments by name."""
 
@@ -111,31 +132,32 @@ class Fsdp(Section):
 
 class Zero3(Section):
     type: Literal["zero3"]
-    stage3_max_live_parameters: int | None = Field(None, ge=0)
+    stage3_max_live_parameters: Whole | None = Field(None, ge=0)
     """Gathered parameters kept at a time; null is DeepSpeed's default (1e9), 0 frees at once."""
-    stage3_max_reuse_distance: int | None = Field(None, ge=0)
+    stage3_max_reuse_distance: Whole | None = Field(None, ge=0)
     """A parameter needed again within so many elements is not freed; null as above."""
-    stage3_param_persistence_threshold: int | None = Field(None, ge=0)
+    stage3_param_persistence_threshold: Whole | None = Field(None, ge=0)
     """Parameters smaller than this stay whole on every rank; null is DeepSpeed's default (1e5)."""
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(200, ge=1)
+    every_steps: Whole = Field(200, ge=1)
     """Optimizer steps between two checkpoints; the last step is always saved."""
-    keep: int | None = Field(None, ge=1)
+    keep: Whole | None = Field(None, ge=1)
     """Keep only the newest so many checkpoints; null deletes nothing."""
 
 
 class Logging(Section):
-    every_steps: int = Field(1, ge=1)
+    every_steps: Whole = Field(1, ge=1)
+    """Optimizer steps between two records."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
     """Handed to the Trainer's own integrations."""
 
 
 class Run(Section):
-    dir: str
+    dir: Text
     """The run directory: configuration, logs, checkpoints, exported model."""
-    processes: int | None = Field(None, ge=1)
+    processes: Whole | None = Field(None, ge=1)
     """Training processes on this machine; null means one per GPU, or one on a CPU."""
     online: bool = False
     """May fetch from the model hub. Compute nodes usually cannot."""
@@ -151,26 +173,6 @@ class JobConfig(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     logging: Logging = Field(default_factory=Logging)
     run: Run
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> JobConfig:
-        if self.train.micro_batch_tokens < self.data.seq_len:
-            raise ValueError(
-                f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) is smaller than "
-                f"data.seq_len ({self.data.seq_len}): a sample of full length would fit nowhere"
-            )
-        if self.data.preprocess == "lazy" and self.data.batching == "rows":
-            raise ValueError(
-                "data.preprocess: lazy cannot be combined with data.batching: rows, because rows "
-                "are packed from the lengths of the whole epoch; use cached or conversations"
-            )
-        if self.data.preprocess == "lazy" and self.data.overlong in ("split", "error"):
-            raise ValueError(
-                f"data.preprocess: lazy cannot be combined with data.overlong: "
-                f"{self.data.overlong}, because lengths are not known before the start; "
-                "use cached, or truncate or drop"
-            )
-        return self
 
     @property
     def cache_dir(self) -> Path:
@@ -202,6 +204,46 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
+def _conflicts(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """Values that are good by themselves and cannot stand together, by key."""
+    data, train = config.data, config.train
+    if train.micro_batch_tokens < data.seq_len:
+        yield (
+            "train.micro_batch_tokens",
+            f"micro_batch_tokens ({train.micro_batch_tokens}) is smaller than seq_len "
+            f"({data.seq_len}): "
+            "a sample of full length would fit nowhere",
+        )
+    if data.preprocess == "lazy" and data.batching == "rows":
+        yield (
+            "data.preprocess",
+            "lazy cannot be combined with data.batching: rows, because rows are packed from the "
+            "lengths of the whole epoch; use cached or conversations",
+        )
+    if data.preprocess == "lazy" and data.overlong in ("split", "error"):
+        yield (
+            "data.preprocess",
+            f"lazy cannot be combined with data.overlong: {data.overlong}, because lengths are "
+            "not known before the start; use cached, or truncate or drop",
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 2e-5 as a number; YAML 1.1, and so PyYAML, wants 2.0e-5."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse(text: str) -> Any:
+    """A value as the job file reads it."""
+    return yaml.load(text, Loader=_Loader)
+
+
 class _Source:
     """A parsed job file with the line of every key."""
 
@@ -210,8 +252,8 @@ class _Source:
         self.lines: dict[str, int] = {}
         self.faults: list[str] = []
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            self.values = yaml.safe_load(text)
+            node = yaml.compose(text, Loader=_Loader)
+            self.values = parse(text)
         except yaml.YAMLError as error:
             raise ConfigError([_yaml_fault(name, error)]) from error
         if not isinstance(self.values, dict):
@@ -265,14 +307,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     faults = list(source.faults)
     values = source.values
     _absolute(values, path.resolve().parent)
-    overridden: set[str] = set()
+    layers: dict[str, Any] = {}
+    overridden: list[str] = []
     for override in overrides:
-        key, _, raw = override.partition("=")
-        if not _ or not key:
+        key, equals, raw = override.partition("=")
+        if not equals or not key:
             faults.append(f"{override!r}: an override is written section.key=value")
             continue
         try:
-            value = yaml.safe_load(raw)
+            value = parse(raw)
         except yaml.YAMLError as error:
             faults.append(_yaml_fault(f"override {key}", error))
             continue
@@ -283,31 +326,41 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
             inner = inner.setdefault(section, {})
         inner[last] = value
         _absolute(layer, Path.cwd())
-        _merge(values, layer)
-        overridden.add(key)
+        _merge(layers, layer)
+        overridden.append(key)
+    before, now = _engine_type(values), _engine_type(layers)
+    if before is not None and now not in (None, before):
+        del values["engine"]  # the options of another type do not apply to this one
+    _merge(values, layers)
 
     def place(key: str) -> str:
-        return f"override {key}" if key in overridden else f"{source.place(key)}: {key}"
+        parts = key.split(".")
+        if any(".".join(parts[: i + 1]) in overridden for i in range(len(parts))):
+            return f"override {key}"
+        at = source.place(key)
+        return f"{at}: {key}" if key else at
 
+    faults += [f"{place(key)}: {why}" for key, why in _missing_files(values)]
     try:
         config = JobConfig.model_validate(values)
     except ValidationError as error:
         faults += [fault for item in error.errors() for fault in _explain(item, place)]
-        raise ConfigError(faults) from error
-    faults += [f"{place(key)}: {why}" for key, why in _missing_files(config)]
+        raise ConfigError(list(dict.fromkeys(faults))) from error
+    faults += [f"{place(key)}: {why}" for key, why in _conflicts(config)]
     if faults:
         raise ConfigError(faults)
     return config
 
 
+def _engine_type(values: dict[str, Any]) -> Any:
+    engine = values.get("engine")
+    return engine.get("type") if isinstance(engine, dict) else None
+
+
 def _merge(values: dict[str, Any], layer: dict[str, Any]) -> None:
     for key, value in layer.items():
-        # A new engine type starts afresh: the options of the other type do not apply to it.
         if isinstance(value, dict) and isinstance(values.get(key), dict):
-            if key == "engine" and value.get("type") not in (None, values[key].get("type")):
-                values[key] = value
-            else:
-                _merge(values[key], value)
+            _merge(values[key], value)
         else:
             values[key] = value
 
@@ -337,12 +390,16 @@ def _absolute(values: dict[str, Any], base: Path) -> None:
             model["path"] = absolute(path)
 
 
-def _missing_files(config: JobConfig) -> Iterator[tuple[str, str]]:
-    for pattern in config.data.train:
-        if not expand(pattern):
+def _missing_files(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Looked for among raw values, so that they are reported with the faults of validation."""
+    data, model = values.get("data"), values.get("model")
+    patterns = data.get("train") if isinstance(data, dict) else None
+    for pattern in patterns if isinstance(patterns, list) else []:
+        if isinstance(pattern, str) and not expand(pattern):
             yield "data.train", f"no file matches {pattern}"
-    if Path(config.model.path).is_absolute() and not Path(config.model.path).is_dir():
-        yield "model.path", f"no such folder: {config.model.path}"
+    path = model.get("path") if isinstance(model, dict) else None
+    if isinstance(path, str) and Path(path).is_absolute() and not Path(path).is_dir():
+        yield "model.path", f"no such folder: {path}"
 
 
 def expand(pattern: str) -> list[Path]:
@@ -353,9 +410,12 @@ def expand(pattern: str) -> list[Path]:
 
 
 def _explain(item: Any, place: Any) -> list[str]:
-    # pydantic puts the tag of a union between the keys of a path; it is not a key of the file.
-    tags = {"fsdp", "zero3", "LinearRope", "literal['auto','none']"}
-    keys = [str(part) for part in item["loc"] if str(part) not in tags]
+    # pydantic puts the tag of a union after the union's key; it is not a key of the file.
+    keys = [str(part) for part in item["loc"]]
+    if keys[:1] == ["engine"]:
+        del keys[1:2]
+    elif keys[:2] == ["model", "rope"]:
+        del keys[2:3]
     key = ".".join(keys)
     given = item.get("input")
     if key in NOT_YET or (keys[:1] and keys[0] in NOT_YET):
@@ -366,6 +426,8 @@ def _explain(item: Any, place: Any) -> list[str]:
             return [f"{place(key)}: unknown key{_did_you_mean(keys)}"]
         case "missing":
             return [f"{place('.'.join(keys[:-1]))}: {key} is missing"]
+        case "model_type" | "model_attributes_type" if key == "engine":
+            return [f"{place(key)}: must be {{type: fsdp}} or {{type: zero3}}, not {given!r}"]
         case "literal_error":
             expected = item["ctx"]["expected"]
             return [f"{place(key)}: {given!r} is not one of {expected}"]

@@ -10,7 +10,8 @@ is missing would teach nonsense, so nothing after the fault is kept.
     empty_turn                cut before the exchange with an empty turn
     wrong_order               cut where the roles stop alternating
     trailing_user_turn        a question without an answer: dropped
-    no_complete_exchange      nothing is left: the conversation is dropped
+    no_complete_exchange      nothing is left: the conversation is dropped,
+    system_turn               and its system turn with it
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ def _jsonl_records(path: Path, lines: Iterator[str] | Any) -> Iterator[tuple[str
                 yield f"{path}:{number}", json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError([_syntax(path, number, error)]) from error
+            except RecursionError as error:
+                raise DataError([f"{path}:{number}: nested too deeply"]) from error
 
 
 def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -105,13 +108,18 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if not text[position:]:
         raise DataError([f"{path}: the file is empty"])
     if text[position] != "[":
-        raise DataError([f"{path}:1: expected a JSON list of conversations (or a .jsonl file)"])
+        where = text.count("\n", 0, position) + 1
+        raise DataError(
+            [f"{path}:{where}: expected a JSON list of conversations (or a .jsonl file)"]
+        )
     position, index = _skip(text, position + 1, blank), 0
     while position < len(text) and text[position] != "]":
         try:
             record, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError([_syntax(path, error.lineno, error)]) from error
+        except RecursionError as error:
+            raise DataError([f"{path}: record {index} is nested too deeply"]) from error
         line += text.count("\n", counted, position)
         counted = position
         yield f"{path}[{index}]" if one_line else f"{path}:{line}", record
@@ -119,6 +127,9 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         position = _skip(text, end, blank)
         if position < len(text) and text[position] == ",":
             position = _skip(text, position + 1, blank)
+            if text[position : position + 1] == "]":
+                where = text.count("\n", 0, position) + 1
+                raise DataError([f"{path}:{where}: not valid JSON: a comma before ']'"])
         elif position >= len(text) or text[position] != "]":
             break
     line = text.count("\n", 0, position) + 1
@@ -143,7 +154,7 @@ def read(paths: Sequence[Path]) -> list[Conversation]:
     """Read and check all files.
 
     Raises:
-        DataError: with every fault of every file at once; also when nothing was found.
+        DataError: with every fault of every file at once; a file without conversations is one.
     """
     conversations: list[Conversation] = []
     faults: list[str] = []
@@ -163,9 +174,7 @@ def read(paths: Sequence[Path]) -> list[Conversation]:
         if index == 0 and len(conversations) == before:
             faults.append(f"{path}: no conversations in the file")
     if faults:
-        raise DataError(
-            faults, remedy="mend the data; `sft-job data validate job.yaml` lists all faults"
-        )
+        raise DataError(faults, remedy=f"mend the data; {SEE} lists all faults")
     return conversations
 
 
@@ -206,7 +215,9 @@ def _check_turn(turn: Any) -> Turn | str:
         return f"unknown role {role!r}; known: {', '.join(ROLES)}"
     if not isinstance(text, str):
         return f"`{pair[1]}` must be text, not {_kind(text)}"
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         return "the text has a lone surrogate, which is not valid Unicode"
     return Turn(ROLES[role], text)
 
@@ -247,33 +258,42 @@ def trainable(conversation: Conversation) -> tuple[Trainable | None, Counter[str
         del turns[:2]
     if not exchanges:
         lost["no_complete_exchange"] += 1
-        return None, lost
+        lost["system_turn"] += system is not None
+        return None, +lost
     return Trainable(conversation.id, conversation.where, system, tuple(exchanges)), lost
 
 
 def read_trainable(paths: Sequence[Path]) -> tuple[list[Trainable], Counter[str], int]:
     """All conversations cut to what is trained on, what was lost, and how many were read.
 
-    An exact copy of an earlier conversation is kept, since repeating one is a way to weight
-    it, and counted (`duplicate`).
-
     Raises:
         DataError: faults of the files, or nothing to train on.
     """
     conversations = read(paths)
+    kept, lost = cut(conversations)
+    if not kept:
+        raise DataError([NOTHING_LEFT], remedy=f"{SEE} shows what was dropped and why")
+    return kept, lost, len(conversations)
+
+
+NOTHING_LEFT = "no conversation has a complete exchange, there is nothing to train on"
+SEE = "`sft-job data validate job.yaml`"
+
+
+def cut(conversations: Sequence[Conversation]) -> tuple[list[Trainable], Counter[str]]:
+    """What is trained on of all conversations, and what was lost, by reason.
+
+    An exact copy of an earlier conversation is kept, since repeating one is a way to weight
+    it, and counted (`duplicate`).
+    """
     lost: Counter[str] = Counter()
     seen: set[tuple[Turn, ...]] = set()
     kept = []
     for conversation in conversations:
         lost["duplicate"] += conversation.turns in seen
         seen.add(conversation.turns)
-        cut, losses = trainable(conversation)
+        whole, losses = trainable(conversation)
         lost += losses
-        if cut is not None:
-            kept.append(cut)
-    if not kept:
-        raise DataError(
-            ["no conversation has a complete exchange, there is nothing to train on"],
-            remedy="`sft-job data validate job.yaml` shows what was dropped and why",
-        )
-    return kept, +lost, len(conversations)
+        if whole is not None:
+            kept.append(whole)
+    return kept, +lost

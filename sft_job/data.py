@@ -8,11 +8,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sft_job import cli, plan
+from sft_job import cli
 from sft_job.config import JobConfig, load
-from sft_job.conversations import Conversation, read, read_trainable, trainable
+from sft_job.conversations import (
+    NOTHING_LEFT,
+    Conversation,
+    cut,
+    read,
+    read_trainable,
+    trainable,
+)
 from sft_job.errors import DataError
-from sft_job.plan import find_prepared, lost_lines, prepared_key
+from sft_job.plan import lost_lines
+from sft_job.prepared import Prepared, find_prepared, prepared_key, read_prepared
 from sft_job.rundir import CacheDir, write_atomically
 
 
@@ -42,14 +50,19 @@ def validate(config: JobConfig) -> None:
     Raises:
         DataError: every fault of every file.
     """
-    kept, lost, count = read_trainable(config.data.files())
+    conversations = read(config.data.files())
+    kept, lost = cut(conversations)
     answers = sum(len(conversation.exchanges) for conversation in kept)
-    print(f"{count:,} conversations read, {len(kept):,} to train on, {answers:,} answers")
+    print(
+        f"{len(conversations):,} conversations read, {len(kept):,} to train on, {answers:,} answers"
+    )
     if lost:
         print("\n".join(["not trained on:", *lost_lines(dict(sorted(lost.items())))]))
+    if not kept:
+        raise DataError([NOTHING_LEFT])
 
 
-def encode_job(config: JobConfig) -> plan.Prepared:
+def encode_job(config: JobConfig) -> Prepared:
     """Make everything ready that training reads from disk; prints what it found.
 
     Raises:
@@ -71,7 +84,7 @@ def encode_job(config: JobConfig) -> plan.Prepared:
         data_folder = dataset.build(config, tokenizer)
         stamp = {"model_folder": str(folder), "data_folder": str(data_folder)}
         write_atomically(cache.prepared(prepared_key(config)), json.dumps(stamp, indent=2) + "\n")
-        ready = plan.read_prepared(stamp)
+        ready = read_prepared(stamp)
     stats = ready.stats
     tokens = f", {sum(stats.lengths):,} tokens" if stats.lengths is not None else ""
     print(f"{stats.conversations:,} conversations -> {stats.samples:,} samples{tokens}")
@@ -98,10 +111,10 @@ def show(config: JobConfig, which: str) -> None:
     tokenizer = model.load_tokenizer(folder, config.model.trust_remote_code)
     encoder = dataset.encoder_of(config, tokenizer)
     console = Console(highlight=False)
-    cut, lost = trainable(conversation)
+    whole, lost = trainable(conversation)
     samples = []
-    if cut is not None:
-        results, losses = encoder.encode([cut])
+    if whole is not None:
+        results, losses = encoder.encode([whole])
         samples, lost = results[0], lost + losses
     console.print(f"{conversation.where}: conversation {conversation.id!r}", markup=False)
     for number, sample in enumerate(samples, 1):

@@ -34,7 +34,7 @@ from sft_job.conversations import Exchange, Trainable, read_trainable
 from sft_job.encode import IGNORE_INDEX, Encoder, Sample, TokenizerSpec, check_tokenizer, spec_of
 from sft_job.errors import DataError
 from sft_job.hardware import cores
-from sft_job.plan import PREPARED_VERSION
+from sft_job.prepared import PREPARED_VERSION
 from sft_job.rundir import CacheDir, publish_dir
 from sft_job.templates import TEMPLATES
 

@@ -2,8 +2,9 @@
 
     SftJobError                 1   something of ours went wrong
     ├── UserError               2   the caller can mend it; printed without a traceback
-    │   ├── ConfigError             the job file or an override
-    │   ├── DataError               conversations
+    │   ├── FaultList           2   several faults of one input, all at once
+    │   │   ├── ConfigError         the job file or an override
+    │   │   └── DataError           conversations
     │   ├── ModelError              weights, tokenizer, architecture
     │   ├── HardwareError           processors, precision, kernels
     │   └── RunDirError             the run directory belongs to something else
@@ -11,8 +12,8 @@
     │   └── DiskSpaceError      1   no room for what must be written
     ├── TrainingError           1   the numbers went wrong
     ├── ExportError             1   the written model is not the trained one
-    └── WorkerError             1   a training process ended by itself
-    Interrupted                75   stopped on request, can be resumed (EX_TEMPFAIL)
+    ├── WorkerError             1   a training process ended by itself
+    └── Interrupted            75   stopped on request, can be resumed (EX_TEMPFAIL)
 
 Every message says what, where, why and what next; `where` and `remedy` keep those
 parts apart so that no call site forgets them.
@@ -21,6 +22,7 @@ parts apart so that no call site forgets them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_INTERRUPTED = 75
 
@@ -40,9 +42,21 @@ class SftJobError(Exception):
         super().__init__(what, where, remedy)
         self.what, self.where, self.remedy = what, where, remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An error of an encoding process must reach the parent as it is; the default would
+        # call the class with the message alone.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         return f"{head}\n  -> {self.remedy}" if self.remedy else head
+
+
+def _rebuild(kind: type[SftJobError], args: tuple[Any, ...], state: dict[str, Any]) -> SftJobError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class UserError(SftJobError):

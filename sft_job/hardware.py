@@ -77,7 +77,8 @@ def _gpus() -> Hardware | None:
         name=rows[0][0],
         capability=capability,
         bf16=capability >= (8, 0),
-        memory_gib=float(rows[0][1]) / 1024,
+        # "[N/A]" where GPU and host share their memory
+        memory_gib=float(rows[0][1]) / 1024 if rows[0][1].isdigit() else None,
     )
 
 
@@ -92,6 +93,11 @@ def _visible(rows: list[list[str]]) -> list[list[str]]:
             visible.append(rows[int(entry)])
         elif entry and (named := [row for row in rows if row[3].startswith(entry)]):
             visible.append(named[0])
+        elif entry.startswith(("MIG-", "GPU-")):
+            raise HardwareError(
+                f"CUDA_VISIBLE_DEVICES names {entry}, which is not a whole GPU of this machine",
+                remedy="name GPUs by index; parts of a GPU (MIG) are not supported",
+            )
         else:
             break
     return visible

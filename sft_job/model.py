@@ -36,7 +36,8 @@ from sft_job import varlen
 from sft_job.conversations import Trainable
 from sft_job.errors import ModelError
 from sft_job.loss import LossHead, supervised_loss
-from sft_job.plan import PREPARED_VERSION, Plan
+from sft_job.plan import Plan
+from sft_job.prepared import PREPARED_VERSION, weight_files
 from sft_job.rundir import CacheDir, publish_dir, read_json
 
 # name -> (PyPI requirement, import name, file inside it)
@@ -355,7 +356,7 @@ class WeightFiles:
         self.folder = folder
         self.shapes: dict[str, list[int]] = {}
         self._files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             try:
                 with safetensors.safe_open(file, "pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (not a mapping)

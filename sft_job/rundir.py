@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sft_job.config import JobConfig
 from sft_job.errors import RunDirError
 
@@ -100,8 +102,9 @@ class RunDir:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, text)
+            # job.json first: it is what makes the folder this job's.
             write_atomically(self.job_file, config.model_dump_json(indent=2) + "\n")
+            write_atomically(self.config_file, text)
         except OSError as error:
             raise RunDirError(
                 f"cannot be written: {error.strerror}",
@@ -110,7 +113,14 @@ class RunDir:
             ) from error
 
     def _refuse_another_job(self, config: JobConfig) -> None:
-        before = JobConfig.model_validate_json(self.job_file.read_text()).identity()
+        try:
+            before = JobConfig.model_validate_json(self.job_file.read_text()).identity()
+        except (ValidationError, OSError, UnicodeDecodeError) as error:
+            raise RunDirError(
+                "job.json was not written by this version, so it cannot be told whose run this is",
+                where=str(self.job_file),
+                remedy="give the job a run.dir of its own",
+            ) from error
         now = config.identity()
         changed = [
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
@@ -159,9 +169,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+    """Read, not set and set back: another thread could write a file in between."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    raise OSError("no Umask in /proc/self/status")
 
 
 def fsync_dir(path: Path) -> None:

@@ -27,7 +27,8 @@ from sft_job.errors import (
     RunDirError,
     WorkerError,
 )
-from sft_job.plan import Plan, Prepared, find_prepared, plan_of, processes, show
+from sft_job.plan import Plan, plan_of, processes, show
+from sft_job.prepared import Prepared, find_prepared
 from sft_job.rundir import RunDir, read_json, write_atomically
 from sft_job.workers import Place, Workers
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.job_parser("train", "Fine-tune a model on conversations, as the job file says.")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     place = workers.find_place(os.environ)
     if place is not None:
         return work(args.job, args.overrides, place)
@@ -58,9 +59,10 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
             print(f"this job is done; its model is in {run_dir.model}")
             return 0
         attempt = run_dir.next_attempt()
-        stop = StopRequest()  # the workers look for the stop file themselves
+        stop = StopRequest(run_dir.stop_file(attempt))
         stop.listen()
         prepare(config, job, overrides, stop)
+        stop.file = None  # the workers look for it themselves
         plan, _ = plan_of(config)  # refuses here what would be refused in every worker
         refuse_small_disk(run_dir, plan)
         run_dir.interrupted.unlink(missing_ok=True)
@@ -148,7 +150,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     stop.listen()
     launched = workers.LAUNCHED in os.environ
     if launched:
-        workers.die_with_parent()
+        workers.die_with_parent(int(os.environ[workers.LAUNCHED]))
     config = load(job, overrides)
     run_dir = RunDir(config.run.dir)
     attempt = int(os.environ.get(workers.ATTEMPT) or os.environ.get("SLURM_RESTART_COUNT") or 1)

@@ -67,13 +67,15 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     Raises:
         WorkerError: the variables are there in part only.
     """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        names = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if name not in environ]
         if missing:
+            there = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
+            verb = "are" if len(there) > 1 else "is"
             raise WorkerError(
-                f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}",
-                remedy="start with torchrun or srun, or unset RANK and WORLD_SIZE",
+                f"{' and '.join(there)} {verb} set, but not {', '.join(missing)}",
+                remedy=f"start with torchrun or srun, or unset {' and '.join(there)}",
             )
         return Place(
             int(environ["RANK"]),
@@ -98,16 +100,23 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
 
 
 def _first_host(nodes: str) -> str:
-    answer = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-    )
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise WorkerError(
+            f"the first host of {nodes!r} is not known: {' '.join(command)} failed ({error})",
+            remedy="set MASTER_ADDR to the name of the job's first node",
+        ) from error
     return answer.stdout.split()[0]
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Ask the kernel for SIGTERM when the launcher dies, so that no worker is left behind."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        raise WorkerError("the launcher has gone")
 
 
 def report_failure(run_dir: RunDir, attempt: int, rank: int, error: BaseException) -> int:
@@ -144,7 +153,7 @@ class Workers:
             for rank in range(self.count):
                 place = Place(rank, rank, self.count, self.count, "127.0.0.1", port)
                 threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.count)), **MALLOC}
-                own = {ATTEMPT: str(self.attempt), LAUNCHED: "1"}
+                own = {ATTEMPT: str(self.attempt), LAUNCHED: str(os.getpid())}
                 environment = threads | dict(os.environ) | place.environment() | own
                 with open(self.run_dir.log(self.attempt, rank), "ab") as log:
                     self._processes.append(
@@ -198,17 +207,20 @@ class Workers:
     def _first_failure(self, codes: Sequence[int | None]) -> SftJobError:
         """The failure that came first: when a rank dies, the others fail for want of it."""
         killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+        # A library that finds its peer gone aborts; that is never the first failure.
+        aborted = {-signal.SIGABRT}
         records = []
         for rank in range(self.count):
             file = self.run_dir.error(self.attempt, rank)
             if file.is_file():
                 records.append((read_json(file), rank))
-        if killed:
+        if killed and not (records and codes[killed[0]] in aborted):
             number = -int(codes[killed[0]] or 0)
             hint = "; the kernel does that when memory runs out" if number == 9 else ""
+            known = {s.value: s.name for s in signal.Signals}
             return WorkerError(
                 f"the process of rank {killed[0]} was ended by signal "
-                f"{signal.Signals(number).name}{hint}",
+                f"{known.get(number, number)}{hint}",
                 remedy=f"its last output is in {self.run_dir.log(self.attempt, killed[0])}",
             )
         if not records:

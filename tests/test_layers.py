@@ -25,6 +25,7 @@ TABLE = {
         "batching",
         "hardware",
         "attention",
+        "prepared",
         "workers",
         "plan",
     },

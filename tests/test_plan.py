@@ -15,20 +15,14 @@ from sft_job.batching import Schedule
 from sft_job.config import load
 from sft_job.errors import HardwareError, ModelError
 from sft_job.hardware import Hardware
-from sft_job.plan import (
-    LOST,
+from sft_job.plan import LOST, lost_lines, plan_of, processes, resolve, schedule_of, show
+from sft_job.prepared import (
     DataStats,
     ModelFacts,
     find_prepared,
-    lost_lines,
     model_facts,
-    plan_of,
     prepared_key,
-    processes,
     read_facts,
-    resolve,
-    schedule_of,
-    show,
 )
 
 A100 = Hardware("cuda", 8, "NVIDIA A100-SXM4-80GB", (8, 0), True, 80.0)
@@ -388,7 +382,7 @@ def test_every_reason_that_is_drawn_has_a_text():
     """The policy in the docstring of conversations.py and the printed texts agree."""
     policy = conversations.__doc__.partition("Policy.")[2].splitlines()
     drawn = {line.split()[0] for line in policy if line.startswith("    ")}
-    assert len(drawn) == 5
+    assert len(drawn) == 6
     assert drawn - set(LOST) == set()
 
 

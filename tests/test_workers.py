@@ -409,7 +409,7 @@ def test_a_worker_does_not_outlive_its_launcher():
     worker = (
         "import os, time\n"
         "from sft_job.workers import die_with_parent\n"
-        "die_with_parent()\n"
+        "die_with_parent(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "time.sleep(600)\n"
     )
