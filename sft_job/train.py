@@ -6,6 +6,7 @@ prepares the data, starts one worker per GPU and passes signals on. With them it
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -159,9 +160,8 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
         if not launched:
             _prepare_without_launcher(config, job, overrides, place, run_dir, stop)
         train(config, run_dir, place, stop, attempt, launched=launched)
-        return 0
     except Interrupted:
-        return 0  # the marker is written; whoever started us turns it into 75
+        pass  # the marker is written; whoever started us turns it into 75
     except BaseException as error:
         if not launched:
             raise
@@ -169,6 +169,13 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
         # The other ranks may be waiting for this one in a collective, and so would an orderly
         # exit; the launcher ends them.
         os._exit(code)
+    if launched:
+        # Everything is on disk. Taking the interpreter and torch apart takes a second or more;
+        # the loggers' own exit functions are called.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
 
 
 def _prepare_without_launcher(

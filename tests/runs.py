@@ -139,7 +139,7 @@ def environment() -> dict[str, str]:
     """The environment of a user's shell: nothing that a launcher would set."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
-    return kept | {"PYTHONPATH": str(ROOT)}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def command(*arguments: str | Path) -> list[str]:
