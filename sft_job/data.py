@@ -75,8 +75,12 @@ def encode_job(config: JobConfig) -> Prepared:
     if ready is None:
         # Before the imports: a fault of the data is found sooner than torch is loaded.
         conversations, _, _ = read_trainable(config.data.files())
+        os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU; else it warns
+        from transformers.utils.logging import disable_progress_bar
+
         from sft_job import dataset, model
 
+        disable_progress_bar()  # one per tensor is noise
         cache = CacheDir(config.cache_dir)
         folder = model.prepare_folder(config.model, cache, online=config.run.online)
         tokenizer = model.load_tokenizer(folder, config.model.trust_remote_code)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -107,7 +107,9 @@ def restore(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Pa
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter whole, fp32, one at a time; all ranks must go through it."""
-    model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass without a backward one leaves the last units whole
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise TypeError(f"{name} was not sharded")

@@ -6,13 +6,17 @@ weight once per micro-batch, by the same hooks as for any other module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sft_job.encode import IGNORE_INDEX
+from sft_job.dataset import collate
+from sft_job.encode import IGNORE_INDEX, Sample
+from sft_job.errors import ModelError
 
 # Rows of logits that exist at a time.
 CHUNK = 256
@@ -96,3 +100,50 @@ def supervised_loss(
     supervised = shift_labels != IGNORE_INDEX
     loss: torch.Tensor = head(output.last_hidden_state[supervised], shift_labels[supervised])
     return loss
+
+
+# Relative difference of the two losses below: rounding of fp32, and of bf16 activations.
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+
+
+def self_test(
+    call: Callable[..., dict[str, torch.Tensor]],
+    *,
+    vocabulary: int,
+    precision: str,
+    place: Callable[[Any], Any],
+) -> None:
+    """Our loss of packed samples against the model's own logits of each sample alone.
+
+    Finds families whose own forward pass scales or caps the logits, and kernels under which
+    samples of a row see each other. All ranks must call it.
+
+    Args:
+        call: the sharded model (`model.make_trainable`).
+        place: moves a batch to the device.
+
+    Raises:
+        ModelError: the two differ; training would optimise something else.
+    """
+    random = np.random.default_rng(0)
+    samples = [
+        Sample(random.integers(0, vocabulary, n, dtype=np.uint32), np.arange(n) >= n // 2)
+        for n in (6, 11)
+    ]
+    with torch.no_grad():
+        ours = float(call(**place(collate(samples)))["loss"])
+        theirs = 0.0
+        for sample in samples:
+            batch = place(collate([sample]))
+            targets = batch.pop("shift_labels")[0]
+            logits = call(own_forward=True, **batch)["logits"][0].float()
+            theirs += float(
+                F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            )
+    if not abs(ours - theirs) <= TOLERANCE[precision] * abs(theirs):
+        raise ModelError(
+            f"self-test: the loss of packed samples is {ours:.4f}, the model's own forward pass "
+            f"gives {theirs:.4f}",
+            remedy="this model computes its logits in a way that is not supported "
+            "(it scales or caps them), or its attention mixes samples; it cannot be trained here",
+        )

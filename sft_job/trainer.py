@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_job import checkpoint, fsdp, zero3
+from sft_job import checkpoint, fsdp, loss, zero3
 from sft_job.cli import StopRequest
 from sft_job.config import JobConfig
 from sft_job.dataset import StepBatch, Steps
@@ -182,8 +182,8 @@ class SftTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         last = len(inputs.micro_batches) - 1
         for index, micro_batch in enumerate(inputs.micro_batches):
-            loss = model(**self._prepare_inputs(micro_batch))["loss"]
-            total += loss.detach()
+            loss_sum = model(**self._prepare_inputs(micro_batch))["loss"]
+            total += loss_sum.detach()
             if index == last:
                 # Before the last backward pass: under ZeRO-3 that one takes the step as well.
                 step_loss = self.world.sum([float(total)])[0] / count
@@ -191,7 +191,7 @@ class SftTrainer(Trainer):
             # Gradients of every micro-batch are reduced at once, so that they stay sharded.
             # DeepSpeed reads from this flag whether to step.
             self.accelerator.gradient_state._set_sync_gradients(index == last)
-            self.accelerator.backward(loss * (self.world.size / count))
+            self.accelerator.backward(loss_sum * (self.world.size / count))
         self.meter.add(inputs.tokens, inputs.supervised_tokens)
         return torch.tensor(step_loss, device=self.args.device)
 
@@ -291,6 +291,12 @@ class Steering(TrainerCallback):
         fresh = state.global_step == 0
         if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":
             zero3.restore_masters(trainer.model, trainer.prepared_model)
+        loss.self_test(
+            trainer.model_wrapped,
+            vocabulary=trainer.model.config.vocab_size,
+            precision=trainer.plan.precision.value,
+            place=trainer._prepare_inputs,
+        )
         trainer.meter.take()  # the time so far belongs to no step
 
     def on_step_end(

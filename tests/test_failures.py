@@ -161,6 +161,21 @@ def test_existing_rope_scaling_that_is_too_short(job: Path, tmp_path: Path, mode
     assert "already scales its positions (linear x2, context 512)" in message
 
 
+def test_model_that_scales_its_logits(job: Path, tmp_path: Path, model: Path) -> None:
+    """Its own loss is not the one we would train on; refused at the start, not trained wrong."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(
+        "granite", vocab_size=504, num_attention_heads=2, num_key_value_heads=2,
+        initializer_range=0.5, logits_scaling=16.0, **shape,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "granite")
+    message = refused(job, f"model.path={tmp_path / 'granite'}")
+    assert "self-test: the loss of packed samples is" in message
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 12 MB of its own; only root may make one."""
