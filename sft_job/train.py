@@ -264,6 +264,7 @@ def _train_and_export(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     folder, trust = Path(prepared.model_folder), config.model.trust_remote_code
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir.tensorboard))
     arguments = trainer.training_arguments(config, plan, run_dir, world)
     found, skipped = checkpoint.find(run_dir, world, engine=config.engine.type)
     for line in skipped:

@@ -97,7 +97,8 @@ def test_chat_with_a_finished_run(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     data = make_conversations(tmp_path / "data.json", 8)
     job = make_job(tmp_path, model, data, train__max_steps=1, data__batching="rows")
-    run = run_job(job)
+    run = run_job(job, "logging.report_to=[tensorboard]")
+    assert list(run.tensorboard.glob("events.out.tfevents.*"))
     arguments = ("chat", run.path, "--prompt", "sun", "--prompt", "moon", "--max-new-tokens", "3")
     result = sft_job(*arguments)
     assert result.returncode == 0, result.stderr
