@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def publish(
     if world.is_main:
         shutil.rmtree(beside, ignore_errors=True)  # left by an attempt that died in here
         if folder.exists():
-            shutil.rmtree(folder)  # without a valid manifest, else this step would not run again
+            _set_aside(folder)  # it did not verify, else this step would not run again
         beside.mkdir(parents=True)
     world.barrier()
     free = min(world.gather(shutil.disk_usage(beside).free))
@@ -110,11 +111,17 @@ def publish(
             "world_size": world.size,
             "files": dict(sorted(sealed.items())),
         }
-        import json
-
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     world.barrier()
     return folder
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep a damaged checkpoint under another name: deleting is not ours to decide."""
+    number = 1
+    while (aside := folder.with_name(f"damaged-{number}-{folder.name}")).exists():
+        number += 1
+    folder.rename(aside)
 
 
 def _seal(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ RUN_DIR/
   plan.json              the resolved plan
   logs/attempt-N/        one log per rank, rank-R.error when a rank failed
   metrics.jsonl          one line per logged step
-      tensorboard/           with logging.report_to: [tensorboard]
+  tensorboard/           with logging.report_to: [tensorboard]
   checkpoints/step-00000200/
   model/                 the exported model
   stop-N                 made by a user or a batch script: attempt N shall stop

@@ -132,6 +132,7 @@ def test_damaged_checkpoint_is_passed_over_and_said(
     assert "checkpoint of step 6 passed over" in result.stdout
     assert "resuming after step 3" in result.stdout
     same_bits(run, finished)
+    assert (run.checkpoints / "damaged-1-step-00000006").is_dir()
 
 
 def test_fsdp_resumes_on_another_number_of_processes(
