@@ -107,6 +107,7 @@ def test_chat_with_a_finished_run(tmp_path: Path) -> None:
     result = sft_job(*arguments)
     assert result.returncode == 2
     assert "the run has no model yet" in result.stderr
+    assert sft_job("chat", "./nowhere", "--prompt", "x").stderr.startswith("error: ./nowhere: no ")
 
 
 def test_plain_transformers_reads_the_export(tmp_path: Path) -> None:
