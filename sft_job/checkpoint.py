@@ -27,6 +27,7 @@ from sft_job.world import World
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+INCOMPLETE = "no manifest, it was never completed"
 
 # A failed write on a disk with less room than this is taken for a full disk: torch's zip writer
 # says no more than "unexpected pos".
@@ -49,6 +50,7 @@ def publish(
     world: World,
     *,
     engine: str,
+    data: str,
     needed_bytes: int | None,
 ) -> Path:
     """Write a checkpoint with all ranks and make it visible when it is complete.
@@ -57,6 +59,7 @@ def publish(
 
     Args:
         write: writes this rank's part into the folder it is given.
+        data: fingerprint of the data; the order of all steps depends on it.
         needed_bytes: refused beforehand when the disk has less.
 
     Raises:
@@ -108,6 +111,7 @@ def publish(
             "format": FORMAT,
             "step": step,
             "engine": engine,
+            "data": data,
             "world_size": world.size,
             "files": dict(sorted(sealed.items())),
         }
@@ -169,7 +173,9 @@ def _is_disk_full(error: BaseException) -> bool:
     return False
 
 
-def find(run_dir: RunDir, world: World, *, engine: str) -> tuple[Found | None, list[str]]:
+def find(
+    run_dir: RunDir, world: World, *, engine: str, data: str
+) -> tuple[Found | None, list[str]]:
     """The newest checkpoint that verifies; all ranks share the reading.
 
     Returns:
@@ -193,14 +199,26 @@ def find(run_dir: RunDir, world: World, *, engine: str) -> tuple[Found | None, l
                 where=str(folder),
                 remedy=f"use {manifest['world_size']} processes; engine fsdp resumes on any number",
             )
+        if manifest["data"] != data:
+            raise CheckpointError(
+                "the data or its encoding has changed since this checkpoint was written",
+                where=str(folder),
+                remedy="give the changed job a run.dir of its own, or put the data back",
+            )
         return Found(folder, step, manifest), skipped
+    if damaged := [line for line in skipped if INCOMPLETE not in line]:
+        raise CheckpointError(
+            "there are checkpoints, but none can be used:\n  " + "\n  ".join(damaged),
+            where=str(run_dir.checkpoints),
+            remedy="move them away to start from the beginning",
+        )
     return None, skipped
 
 
 def _fault(folder: Path, world: World) -> str | None:
     """Why a folder is not a good checkpoint; this rank looks at its share of the files."""
     if not (folder / MANIFEST).is_file():
-        return "no manifest, it was never completed"
+        return INCOMPLETE
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         return f"format {manifest.get('format')}, this version reads {FORMAT}"
@@ -217,14 +235,17 @@ def _fault(folder: Path, world: World) -> str | None:
     return None
 
 
-def drop_old(run_dir: RunDir, keep: int | None) -> None:
-    """Delete all but the newest `keep` complete checkpoints; None deletes nothing."""
+def drop_old(run_dir: RunDir, keep: int | None, newest: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints up to step `newest`, just written.
+
+    Later ones were passed over as damaged when this attempt began: they count for nothing.
+    """
     if keep is None:
         return
     complete = [
         step
         for step in run_dir.checkpoint_steps()
-        if (run_dir.checkpoint(step) / MANIFEST).is_file()
+        if step <= newest and (run_dir.checkpoint(step) / MANIFEST).is_file()
     ]
     for step in complete[keep:]:
         # The manifest goes first: a deletion cut short leaves no folder that looks complete.

@@ -89,12 +89,13 @@ def build(config: JobConfig, tokenizer: Any) -> Path:
         "begin": tokenizer.bos_token if encoder.spec.begin else None,
         "end": tokenizer.eos_token,
     }
+    highest = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
     with publish_dir(folder) as beside:
         if lazy:
             _write_texts(beside, conversations)
             meta |= {"samples": len(conversations), "tokens": None, "supervised_tokens": None}
         else:
-            meta |= _write_tokens(beside, encoder, conversations, lost, len(tokenizer))
+            meta |= _write_tokens(beside, encoder, conversations, lost, highest)
         meta["lost"] = dict(sorted(lost.items()))
         (beside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return folder
@@ -105,9 +106,9 @@ def _write_tokens(
     encoder: Encoder,
     conversations: Sequence[Trainable],
     lost: Counter[str],
-    vocabulary: int,
+    highest: int,
 ) -> dict[str, Any]:
-    dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if highest < 2**16 else np.uint32)
     lengths: list[int] = []
     supervised = 0
     with (

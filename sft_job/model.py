@@ -361,13 +361,25 @@ class WeightFiles:
                 with safetensors.safe_open(file, "pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (not a mapping)
                         self._files[name] = file
-                        self.shapes[name] = handle.get_slice(name).get_shape()
+                        piece = handle.get_slice(name)
+                        self.shapes[name] = piece.get_shape()
+                        self._refuse_quantised(file, name, piece.get_dtype())
             except (OSError, safetensors.SafetensorError) as error:
                 raise ModelError(
                     f"the weights cannot be read: {error}",
                     where=str(file),
                     remedy="fetch the file again",
                 ) from error
+
+    @staticmethod
+    def _refuse_quantised(file: Path, name: str, dtype: str) -> None:
+        """8-bit values have the shape of the weights and mean something else without scales."""
+        if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ModelError(
+                f"{name} is {dtype}: quantised weights cannot be fully fine-tuned",
+                where=str(file),
+                remedy="use the model's unquantised weights",
+            )
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a tensor along its first dimension, in the file's dtype."""

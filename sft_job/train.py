@@ -154,7 +154,8 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
         workers.die_with_parent(int(os.environ[workers.LAUNCHED]))
     config = load(job, overrides)
     run_dir = RunDir(config.run.dir)
-    attempt = int(os.environ.get(workers.ATTEMPT) or os.environ.get("SLURM_RESTART_COUNT") or 1)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    attempt = int(os.environ.get(workers.ATTEMPT) or restarts + 1)
     stop.file = run_dir.stop_file(attempt)
     try:
         if not launched:
@@ -165,10 +166,13 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     except BaseException as error:
         if not launched:
             raise
-        code = workers.report_failure(run_dir, attempt, place.rank, error)
-        # The other ranks may be waiting for this one in a collective, and so would an orderly
-        # exit; the launcher ends them.
-        os._exit(code)
+        code = 1
+        try:
+            code = workers.report_failure(run_dir, attempt, place.rank, error)
+        finally:
+            # The other ranks may be waiting for this one in a collective, and so would an orderly
+            # exit; the launcher ends them.
+            os._exit(code)
     if launched:
         # Everything is on disk. Taking the interpreter and torch apart takes a second or more;
         # the loggers' own exit functions are called.
@@ -266,7 +270,9 @@ def _train_and_export(
     folder, trust = Path(prepared.model_folder), config.model.trust_remote_code
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir.tensorboard))
     arguments = trainer.training_arguments(config, plan, run_dir, world)
-    found, skipped = checkpoint.find(run_dir, world, engine=config.engine.type)
+    found, skipped = checkpoint.find(
+        run_dir, world, engine=config.engine.type, data=prepared.stats.fingerprint
+    )
     for line in skipped:
         reporter.say(line)
 

@@ -239,11 +239,12 @@ class SftTrainer(Trainer):
             write,
             self.world,
             engine=self.config.engine.type,
+            data=self.steps.schedule.fingerprint,
             needed_bytes=self.plan.checkpoint_bytes,
         )
         self.last_saved = step
         if self.world.is_main:
-            checkpoint.drop_old(self.run_dir, self.config.checkpoint.keep)
+            checkpoint.drop_old(self.run_dir, self.config.checkpoint.keep, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Called before the optimizer exists; `_load_optimizer_and_scheduler` loads both."""

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from sft_job.errors import ModelError
+
 PREFIX = "sft_job_"
 
 
@@ -42,6 +44,14 @@ def sdpa(
     if query.shape[0] != 1:
         raise ValueError(f"expected one flattened row, not a batch of {query.shape[0]}")
     lengths = seq_lens or [query.shape[2]]
+    window = kwargs.get("sliding_window")
+    unsupported = kwargs.get("softcap") or kwargs.get("s_aux") is not None
+    if unsupported or (window is not None and max(lengths) > window):
+        raise ModelError(
+            "the model attends through a sliding window, capped scores or sinks, "
+            f"which this kernel does not do (window {window}, longest sample {max(lengths)})",
+            remedy="use a data.seq_len of at most the window, or another base model",
+        )
     grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(

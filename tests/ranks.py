@@ -208,9 +208,9 @@ def checkpoints(world: World, run: str) -> list[Any]:
         (folder / f"part-{world.rank}.bin").write_bytes(bytes([world.rank]) * 1000)
 
     for step in (1, 2):
-        checkpoint.publish(run_dir, step, write, world, engine="fsdp", needed_bytes=10)
+        checkpoint.publish(run_dir, step, write, world, engine="fsdp", data="d", needed_bytes=10)
     manifest = json.loads((run_dir.checkpoint(2) / checkpoint.MANIFEST).read_text())
-    found, skipped = checkpoint.find(run_dir, world, engine="fsdp")
+    found, skipped = checkpoint.find(run_dir, world, engine="fsdp", data="d")
     assert found is not None
     assert skipped == []
     world.barrier()
@@ -219,6 +219,6 @@ def checkpoints(world: World, run: str) -> list[Any]:
         shutil.copytree(run_dir.checkpoint(1), run_dir.checkpoint(7))
         (run_dir.checkpoint(7) / "part-1.bin").write_bytes(b"short")
     world.barrier()
-    older, skipped = checkpoint.find(run_dir, world, engine="fsdp")
+    older, skipped = checkpoint.find(run_dir, world, engine="fsdp", data="d")
     assert older is not None
     return [found.step, sorted(manifest["files"]), older.step, skipped]

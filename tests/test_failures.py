@@ -212,3 +212,19 @@ def test_no_room_for_a_later_checkpoint(job: Path, small_disk: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert f"resuming after step {saved[0]}" in result.stdout
     assert metrics(run)[-1]["step"] == 10
+
+
+def test_quantised_weights(job: Path, tmp_path: Path, model: Path) -> None:
+    """8-bit values with the model's own shapes are not taken for its weights."""
+    import torch
+
+    small = tmp_path / "fp8"
+    small.mkdir()
+    for file in model.iterdir():
+        (small / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(small / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
+    message = refused(job, f"model.path={small}")
+    assert f"{name} is F8_E4M3: quantised weights" in message

@@ -62,3 +62,16 @@ def test_without_gradients_none_are_made() -> None:
     value = loss.cross_entropy_sum(hidden, weight, torch.tensor([0, 1, 2, 3]))
     expected = F.cross_entropy(hidden @ weight.t(), torch.tensor([0, 1, 2, 3]), reduction="sum")
     torch.testing.assert_close(value, expected)
+
+
+def test_a_sliding_window_is_refused_where_it_would_matter() -> None:
+    """The kernel attends to the whole sample; a shorter window would be ignored silently."""
+    from sft_job import varlen
+    from sft_job.errors import ModelError
+
+    heads = [torch.randn(1, 2, 9, 4) for _ in range(3)]
+    varlen.sdpa(torch.nn.Identity(), *heads, None, seq_lens=[4, 5], sliding_window=5)
+    with pytest.raises(ModelError, match="window 4, longest sample 5"):
+        varlen.sdpa(torch.nn.Identity(), *heads, None, seq_lens=[4, 5], sliding_window=4)
+    with pytest.raises(ModelError, match="sinks"):
+        varlen.sdpa(torch.nn.Identity(), *heads, None, s_aux=torch.zeros(2))

@@ -320,3 +320,39 @@ def test_job_file_stores_what_ran(job: Path, finished: RunDir) -> None:
         for key in KEYS:
             assert isinstance(record[key], int | float), key
     assert metrics(finished)[-1]["epoch"] == 2.0
+
+
+def test_changed_data_is_not_resumed(folder: Path, job: Path, finished: RunDir) -> None:
+    """The order of all steps follows from the data; other data would be another run."""
+    run = unfinished_copy(finished, folder / "other-data")
+    data = folder / "data.json"
+    before = data.read_text()
+    data.write_text(before.replace("sun", "moon", 1))
+    result = sft_job("train", job, f"run.dir={run.path}")
+    data.write_text(before)
+    assert result.returncode == 1
+    assert "the data or its encoding has changed since this checkpoint" in result.stderr
+
+
+def test_when_no_checkpoint_can_be_used_nothing_starts_from_zero(
+    folder: Path, job: Path, finished: RunDir
+) -> None:
+    """Days of work are not begun anew behind a line in the log."""
+    run = unfinished_copy(finished, folder / "all-damaged")
+    next(run.checkpoint(3).glob("*.distcp")).write_bytes(b"short")
+    result = sft_job("train", job, f"run.dir={run.path}")
+    assert result.returncode == 1
+    assert "there are checkpoints, but none can be used" in result.stderr
+    assert run.checkpoint_steps() == [3]
+
+
+def test_keep_counts_what_was_just_written(tmp_path: Path) -> None:
+    """A damaged later checkpoint does not push out the good one written after it."""
+    from sft_job.checkpoint import drop_old
+
+    run = RunDir(tmp_path)
+    for step in (200, 250, 400):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "manifest.json").write_text("{}")
+    drop_old(run, 1, newest=250)
+    assert run.checkpoint_steps() == [400, 250]
