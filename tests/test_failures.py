@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -102,10 +103,7 @@ def test_model_folder_without_weights(job: Path, tmp_path: Path, model: Path) ->
 
 def test_model_with_a_missing_tensor(job: Path, tmp_path: Path, model: Path) -> None:
     """A tensor that is not there is not made up at random."""
-    part = tmp_path / "part"
-    part.mkdir()
-    for file in model.iterdir():
-        (part / file.name).write_bytes(file.read_bytes())
+    part = Path(shutil.copytree(model, tmp_path / "part"))
     tensors = load_file(part / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
@@ -114,10 +112,7 @@ def test_model_with_a_missing_tensor(job: Path, tmp_path: Path, model: Path) -> 
 
 
 def test_truncated_weight_file(job: Path, tmp_path: Path, model: Path) -> None:
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    for file in model.iterdir():
-        (cut / file.name).write_bytes(file.read_bytes())
+    cut = Path(shutil.copytree(model, tmp_path / "cut"))
     with open(cut / "model.safetensors", "r+b") as file:
         file.truncate(5000)
     assert "model.safetensors" in refused(job, f"model.path={cut}")
@@ -149,10 +144,7 @@ def test_unknown_training_argument(job: Path) -> None:
 
 
 def test_existing_rope_scaling_that_is_too_short(job: Path, tmp_path: Path, model: Path) -> None:
-    scaled = tmp_path / "scaled"
-    scaled.mkdir()
-    for file in model.iterdir():
-        (scaled / file.name).write_bytes(file.read_bytes())
+    scaled = Path(shutil.copytree(model, tmp_path / "scaled"))
     config = json.loads((scaled / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     (scaled / "config.json").write_text(json.dumps(config))
@@ -218,10 +210,7 @@ def test_quantised_weights(job: Path, tmp_path: Path, model: Path) -> None:
     """8-bit values with the model's own shapes are not taken for its weights."""
     import torch
 
-    small = tmp_path / "fp8"
-    small.mkdir()
-    for file in model.iterdir():
-        (small / file.name).write_bytes(file.read_bytes())
+    small = Path(shutil.copytree(model, tmp_path / "fp8"))
     tensors = load_file(small / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
