@@ -13,7 +13,8 @@
               workers         the training processes of one machine: started, watched, stopped
               plan            everything derived from a job, in one place; `sft-job plan`
     layer 3   world           the processes that train together, and what they agree on
-    torch     encode          text to ids and labels, once
+    torch     tokenizer       read or converted, and checked
+              encode          text to ids and labels, once
               dataset         token cache, samples, a rank's share of each step
               varlen          attention over flattened samples
               loss            cross-entropy of supervised positions, never the full logits
@@ -22,6 +23,7 @@
               checkpoint      publishing, verifying and choosing checkpoints
     layer 4   fsdp            FSDP2: shard, save, load, gather
               zero3           DeepSpeed ZeRO-3: shard, save, load, gather
+              selftest        before the first step: does the device compute what it should
               trainer         the Trainer subclass
               export          the final model, written and verified
     layer 5   train           `sft-job train`

@@ -62,22 +62,32 @@ def cost(length: int, attention_scale: float) -> float:
 
 
 def deal(
-    lengths: Sequence[int], *, world_size: int, micro_batch_tokens: int, attention_scale: float
+    lengths: Sequence[int],
+    *,
+    world_size: int,
+    micro_batch_tokens: int,
+    attention_scale: float,
+    one_sample_each: bool = False,
 ) -> list[list[list[int]]]:
     """Deal the samples of one step.
 
     Args:
         lengths: tokens of each sample of the step.
+        one_sample_each: no two samples share a row (a model whose attention cannot keep them
+            apart).
 
     Returns:
         `[micro-batch][rank] -> positions in lengths`; the same number of micro-batches for
         every rank, the least that best-fit decreasing finds. A list may be empty.
     """
-    packed = best_fit_decreasing(lengths, micro_batch_tokens)
-    count = math.ceil(len(packed) / world_size) * world_size
     costs = [cost(length, attention_scale) for length in lengths]
-    bins = _longest_first(lengths, costs, count, micro_batch_tokens)
-    if bins is None:  # levelling needed more room than there is: the tight packing has it
+    if one_sample_each:
+        packed = [[index] for index in range(len(lengths))]
+    else:
+        packed = best_fit_decreasing(lengths, micro_batch_tokens)
+    count = math.ceil(len(packed) / world_size) * world_size
+    bins = None if one_sample_each else _longest_first(lengths, costs, count, micro_batch_tokens)
+    if bins is None:  # levelling would need more room than there is: the tight packing has it
         bins = packed + [[] for _ in range(count - len(packed))]
     # Bins of like cost meet in one micro-batch, so that its heaviest rank waits least.
     bins.sort(key=lambda b: -sum(costs[i] for i in b))

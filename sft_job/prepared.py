@@ -32,6 +32,9 @@ class ModelFacts:
         context: native context in tokens.
         rope: an existing RoPE scaling of the model, as in its config.json, or None.
         parameters: number of elements, tied ones once; None when the weights are not here.
+        intermediate: width of the MLP.
+        heads, key_heads, head_dim: the attention's shape.
+        remote_code: the model brings its own Python code.
     """
 
     model_type: str
@@ -42,19 +45,69 @@ class ModelFacts:
     rope: Mapping[str, Any] | None
     tied: bool
     parameters: int | None
+    intermediate: int | None = None
+    heads: int | None = None
+    key_heads: int | None = None
+    head_dim: int | None = None
+    remote_code: bool = False
+
+    @property
+    def table_parameters(self) -> int:
+        """Elements of the embedding table, and of the head: equal shapes."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def end_parameters(self) -> int:
+        """Elements of what stands before and behind the layers."""
+        return self.table_parameters * (1 if self.tied else 2)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Elements of one decoder layer: counted, else of the LLaMA shape, else 12 hidden^2."""
+        if self.parameters is not None:
+            return (self.parameters - self.end_parameters) // self.layers
+        if self.intermediate is None or self.heads is None:
+            return 12 * self.hidden**2
+        query, key = self.projections
+        return self.hidden * (2 * query + 2 * key + 3 * self.intermediate + 2)
+
+    @property
+    def projections(self) -> tuple[int, int]:
+        """Widths of a query and of a key projection."""
+        heads = self.heads or 1
+        dim = self.head_dim or self.hidden // heads
+        return heads * dim, (self.key_heads or heads) * dim
 
     @property
     def attention_scale(self) -> float:
-        """See `batching.cost`. Without a count of parameters: 12 x hidden, the LLaMA shape."""
-        if self.parameters is None:
-            return 12.0 * self.hidden
-        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return (self.parameters - tables) / (self.layers * self.hidden)
+        """See `batching.cost`."""
+        return self.layer_parameters / self.hidden
 
 
-# config.json of SmolLM2-135M-Instruct: the plan is there before the weights are.
-_SMOLLM2 = ModelFacts("llama", 30, 576, 49152, 8192, None, True, 134_515_008)
-BUNDLED_FACTS = {"bundled:smollm2-135m": _SMOLLM2}
+# config.json of models that recipes and plans name: their plan is there before they are.
+_SMOLLM2 = ModelFacts("llama", 30, 576, 49152, 8192, None, True, 134_515_008, 1536, 9, 3, 64)
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+}  # fmt: skip
+KNOWN_FACTS = {
+    "bundled:smollm2-135m": _SMOLLM2,
+    "meta-llama/Llama-2-7b-hf": ModelFacts(
+        "llama", 32, 4096, 32000, 4096, None, False, 6_738_415_616, 11008, 32, 32, 128
+    ),
+    "meta-llama/Llama-2-13b-hf": ModelFacts(
+        "llama", 40, 5120, 32000, 4096, None, False, 13_015_864_320, 13824, 40, 40, 128
+    ),
+    "meta-llama/Llama-2-70b-hf": ModelFacts(
+        "llama", 80, 8192, 32000, 4096, None, False, 68_976_648_192, 28672, 64, 8, 128
+    ),
+    "meta-llama/Llama-3.1-8B": ModelFacts(
+        "llama", 32, 4096, 128256, 131072, _LLAMA3_ROPE, False, 8_030_261_248, 14336, 32, 8, 128
+    ),
+    "meta-llama/Llama-3.1-70B": ModelFacts(
+        "llama", 80, 8192, 128256, 131072, _LLAMA3_ROPE, False, 70_553_706_496, 28672, 64, 8, 128
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +168,11 @@ def read_facts(folder: Path) -> ModelFacts:
             rope=scaling if kind not in (None, "default") else None,
             tied=config.get("tie_word_embeddings", False),
             parameters=_count_parameters(folder),
+            intermediate=config.get("intermediate_size"),
+            heads=config.get("num_attention_heads"),
+            key_heads=config.get("num_key_value_heads"),
+            head_dim=config.get("head_dim"),
+            remote_code="auto_map" in config,
         )
     except KeyError as error:
         raise ModelError(
@@ -160,17 +218,14 @@ def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | No
     """Facts of the job's model from wherever they are; None when it is not on this machine."""
     if prepared is not None:
         return read_facts(Path(prepared.model_folder))
-    if config.model.path in BUNDLED_FACTS:
-        return BUNDLED_FACTS[config.model.path]
-    if config.model.path.startswith("bundled:"):
-        raise ModelError(
-            f"unknown bundled model {config.model.path!r}",
-            remedy=f"known: {', '.join(BUNDLED_FACTS)}",
-        )
-    if Path(config.model.path).is_absolute():
-        return read_facts(Path(config.model.path))
+    path = config.model.path
+    if path.startswith("bundled:") and path not in KNOWN_FACTS:
+        bundled = [name for name in KNOWN_FACTS if name.startswith("bundled:")]
+        raise ModelError(f"unknown bundled model {path!r}", remedy=f"known: {', '.join(bundled)}")
+    if Path(path).is_absolute():
+        return read_facts(Path(path))
     folder = _hub_snapshot(config)
-    return read_facts(folder) if folder else None
+    return read_facts(folder) if folder else KNOWN_FACTS.get(path)
 
 
 def _hub_snapshot(config: JobConfig) -> Path | None:

@@ -261,8 +261,10 @@ def _train_and_export(
     import torch
 
     from sft_job import checkpoint, dataset, export, fsdp, trainer, zero3
-    from sft_job.model import load_tokenizer
+    from sft_job.attention import KERNELS
+    from sft_job.model import DTYPES
     from sft_job.plan import schedule_of
+    from sft_job.tokenizer import load_tokenizer
 
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -285,8 +287,9 @@ def _train_and_export(
         schedule_of(config, prepared.stats),
         rank=world.rank,
         world_size=world.size,
-        micro_batch_tokens=config.train.micro_batch_tokens,
+        micro_batch_tokens=plan.micro_batch_tokens,
         attention_scale=plan.attention_scale,
+        one_sample_each=not KERNELS[plan.attention.value].packs,
         encoder=encoder if lazy else None,
         group=world.group,
     )
@@ -323,7 +326,7 @@ def _train_and_export(
         encoder,
         world,
         source=folder,
-        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[plan.precision.value],
+        dtype=DTYPES[plan.precision.value],
         trust_remote_code=trust,
     )
     if world.is_main:

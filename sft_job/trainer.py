@@ -28,9 +28,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_job import checkpoint, fsdp, loss, zero3
+from sft_job import checkpoint, fsdp, loss, selftest, zero3
+from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
-from sft_job.config import JobConfig
+from sft_job.config import JobConfig, Zero3
 from sft_job.dataset import StepBatch, Steps
 from sft_job.errors import ConfigError, TrainingError
 from sft_job.metrics import Meter, Reporter, peak_memory_gib
@@ -68,11 +69,12 @@ def training_arguments(
     train = config.train
     engine: dict[str, Any] = {}
     if config.engine.type == "zero3":
-        # bf16 must be said here as well: the integration compares it with DeepSpeed's own
-        # section. Under FSDP2 it would add autocast to a model that already casts by itself.
+        # The precision must be said here as well: the integration compares it with DeepSpeed's
+        # own section. Under FSDP2 it would add autocast to a model that already casts by itself.
         engine = {
             "deepspeed": zero3.settings(config, plan),
             "bf16": plan.precision.value == "bf16",
+            "fp16": plan.precision.value == "fp16",
         }
     return TrainingArguments(
         output_dir=str(run_dir.path),
@@ -135,14 +137,55 @@ class SftTrainer(Trainer):
         self.meter = Meter()
         self.peak_gib = 0.0
         self.last_saved: int | None = None
+        self.overflows = 0
         self._samples: list[int] = []
         self._said_lost = 0
-        super().__init__(model=model, args=args, train_dataset=steps, callbacks=[Steering(self)])
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=steps,
+            callbacks=[Steering(self)],
+            optimizer_cls_and_kwargs=self._offloaded_optimizer(args),
+        )
         self.remove_callback(PrinterCallback)  # the reporter says it
 
     @property
     def _is_zero3(self) -> bool:
         return self.config.engine.type == "zero3"
+
+    def _offloaded_optimizer(self, args: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
+        """DeepSpeed's CPU Adam where the optimizer is offloaded, else None: the Trainer's own."""
+        if not isinstance(self.config.engine, Zero3) or self.config.engine.offload == "none":
+            return None
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam, {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "adamw_mode": True,
+        }
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Under FSDP2 the loss scaler is ours: accelerate's comes with autocast."""
+        super().create_accelerator_and_postprocess()
+        if self._scales_loss and not self._is_zero3:
+            self.accelerator.scaler = torch.amp.GradScaler(
+                self.args.device.type,
+                init_scale=loss.LossScale.initial,
+                growth_interval=loss.LossScale.window,
+            )
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.plan.precision.value == "fp16"
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass."""
+        if self._is_zero3:
+            return float(self.model_wrapped.optimizer.cur_scale)
+        return float(self.accelerator.scaler.get_scale())
 
     # --- data ------------------------------------------------------------------------
 
@@ -181,8 +224,10 @@ class SftTrainer(Trainer):
         count = max(inputs.supervised_tokens, 1)
         total = torch.zeros((), device=self.args.device)
         last = len(inputs.micro_batches) - 1
-        for index, micro_batch in enumerate(inputs.micro_batches):
-            loss_sum = model(**self._prepare_inputs(micro_batch))["loss"]
+        # All at once, while nothing computes: a copy to a GPU may wait for what was queued.
+        placed = [self._prepare_inputs(micro_batch) for micro_batch in inputs.micro_batches]
+        for index, micro_batch in enumerate(placed):
+            loss_sum = model(**micro_batch)["loss"]
             total += loss_sum.detach()
             if index == last:
                 # Before the last backward pass: under ZeRO-3 that one takes the step as well.
@@ -195,14 +240,41 @@ class SftTrainer(Trainer):
         self.meter.add(inputs.tokens, inputs.supervised_tokens)
         return torch.tensor(step_loss, device=self.args.device)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Gradients are clipped at their true size."""
+        if self._scales_loss and not self._is_zero3:
+            self.accelerator.scaler.unscale_(_bare(self.optimizer))
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The global norm as a number; FSDP2's is a DTensor that knows only its shard."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         value = float(norm)
-        self._refuse_non_finite("gradient norm", value)
+        if not self._scales_loss:  # else the scaler finds out by itself, skips the step, halves
+            self._refuse_non_finite("gradient norm", value)
         return value
+
+    def count_overflow(self) -> None:
+        """Called after every step in fp16: the optimizer has left out one that overflowed.
+
+        Raises:
+            TrainingError: it overflowed at the least scale, so that no scale will do.
+        """
+        if not self.accelerator.optimizer_step_was_skipped:
+            return
+        self.overflows += 1
+        if self.loss_scale > loss.LossScale.least:
+            return
+        names = self.steps.cache.sources(self._samples)
+        raise TrainingError(
+            f"fp16 overflows at step {self.state.global_step} even at a loss scale of "
+            f"{loss.LossScale.least:g}. Its conversations:\n  " + "\n  ".join(names[:20]),
+            where=str(self.run_dir.path),
+            remedy="the model's activations do not fit fp16, as happens to models trained in "
+            "bf16: lower train.learning_rate, or train on GPUs that have bf16",
+        )
 
     def _refuse_non_finite(self, what: str, value: float) -> None:
         if math.isfinite(value):
@@ -230,6 +302,8 @@ class SftTrainer(Trainer):
                 fsdp.save(self.model, _bare(self.optimizer), folder)
             self._save_rng_state(str(folder))
             if self.world.is_main:
+                if self._scales_loss and not self._is_zero3:  # DeepSpeed saves its own
+                    torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
                 torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
                 self.state.save_to_json(str(folder / "trainer_state.json"))
 
@@ -255,6 +329,9 @@ class SftTrainer(Trainer):
         folder = Path(checkpoint)
         if not self._is_zero3:  # ZeRO-3: loaded with the model by the Trainer's integration
             fsdp.restore(self.model, _bare(self.optimizer), folder)
+            if self._scales_loss:
+                scaler = torch.load(folder / "scaler.pt", weights_only=True)
+                self.accelerator.scaler.load_state_dict(scaler)
         state = torch.load(folder / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(state)
 
@@ -266,6 +343,10 @@ class SftTrainer(Trainer):
         self.state.epoch = self.steps.schedule.epoch(self.state.global_step)
         if "loss" in logs:
             logs |= self.meter.take() | {"peak_memory_gib": round(self.peak_gib, 3)}
+            if self._scales_loss:
+                logs |= {"loss_scale": self.loss_scale, "overflows": self.overflows}
+                if not math.isfinite(logs.get("grad_norm", 0.0)):
+                    logs["grad_norm"] = None  # overflowed; JSON has no infinity
             record = {"step": self.state.global_step, **logs, "epoch": round(self.state.epoch, 4)}
             self.reporter.record(record | {"attempt": self.attempt}, self.state.max_steps)
             self._say_lost()
@@ -291,11 +372,16 @@ class Steering(TrainerCallback):
         trainer = self.trainer
         fresh = state.global_step == 0
         if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":
-            zero3.restore_masters(trainer.model, trainer.prepared_model)
-        loss.self_test(
+            zero3.restore_masters(
+                trainer.model, trainer.prepared_model, trainer.plan, trainer.world
+            )
+        kernel = trainer.plan.attention.value
+        selftest.run(
             trainer.model_wrapped,
             vocabulary=trainer.model.config.vocab_size,
             precision=trainer.plan.precision.value,
+            kernel=kernel,
+            packs=KERNELS[kernel].packs,
             place=trainer._prepare_inputs,
         )
         trainer.meter.take()  # the time so far belongs to no step
@@ -304,6 +390,8 @@ class Steering(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        if trainer._scales_loss:
+            trainer.count_overflow()
         peak = peak_memory_gib(trainer.args.device)
         stop, trainer.peak_gib = trainer.world.max([float(bool(trainer.stop)), peak])
         done = state.global_step >= state.max_steps

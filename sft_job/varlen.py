@@ -1,13 +1,24 @@
 """Attention over flattened samples: one contract for all kernels.
 
-A kernel gets queries, keys and values of one flattened row and the lengths of its samples
-as Python ints, and attends causally inside each sample only. Nothing is ever masked by a
-dense [T, T] tensor. Kernels are registered with transformers' AttentionInterface; each has a
-registered mask function too, because a name without one gets no mask and no warning.
+A kernel gets queries, keys and values of one flattened row and where its samples begin, and
+attends causally inside each sample only:
+
+    row          a0 a1 a2 b0 b1 b2 b3
+    seq_lens     [3, 4]                 Python ints: no device is asked
+    cu_seqlens   [0, 3, 7]              int32, made on the host, moved with the batch
+    max_seqlen   4                      Python int
+
+Nothing is ever masked by a dense [T, T] tensor. Kernels are registered with transformers'
+AttentionInterface; each has a registered mask function too, because a name without one gets
+no mask and no warning.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,62 +27,254 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from sft_job.attention import KERNELS
 from sft_job.errors import ModelError
 
 PREFIX = "sft_job_"
 
 
-def sdpa(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    seq_lens: list[int] | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention, each sample by itself.
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The samples of a row, made once per micro-batch and shared by all layers."""
 
-    Args:
-        query: `[1, heads, T, head_dim]`; key, value: `[1, kv_heads, T, head_dim]`.
-        seq_lens: lengths of the samples, sum T; None means one sample of length T.
+    seq_lens: list[int]
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
 
-    Returns:
-        `[1, T, heads, head_dim]` and no attention weights.
-    """
-    if query.shape[0] != 1:
-        raise ValueError(f"expected one flattened row, not a batch of {query.shape[0]}")
-    lengths = seq_lens or [query.shape[2]]
+    @functools.cached_property
+    def xformers_mask(self) -> Any:
+        """The block-diagonal causal mask of xformers; it keeps offsets, not a matrix."""
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        return BlockDiagonalCausalMask.from_seqlens(self.seq_lens, device=self.cu_seqlens.device)
+
+
+# (query [T, heads, dim], key and value [T, kv_heads, dim], samples, softmax scale, dropout)
+# -> [T, heads, dim]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packed, float, float], torch.Tensor]
+
+
+def flash_attention_2() -> Attend:
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: Packed,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        result: torch.Tensor = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=packed.cu_seqlens,
+            cu_seqlens_k=packed.cu_seqlens,
+            max_seqlen_q=packed.max_seqlen,
+            max_seqlen_k=packed.max_seqlen,
+            dropout_p=dropout,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return result
+
+    return attend
+
+
+def flash_attention_3() -> Attend:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: Packed,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        _refuse_dropout("flash_attention_3", dropout)
+        result = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=packed.cu_seqlens,
+            cu_seqlens_k=packed.cu_seqlens,
+            max_seqlen_q=packed.max_seqlen,
+            max_seqlen_k=packed.max_seqlen,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        # Its first releases gave the log-sum-exp as well.
+        attended: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return attended
+
+    return attend
+
+
+def torch_varlen() -> Attend:
+    """torch 2.10 says `is_causal`, has no scale of its own and needs no word about grouped
+    queries; later releases say `window_size`, `scale` and `enable_gqa`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = (
+        {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    )
+
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: Packed,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        _refuse_dropout("torch_varlen", dropout)
+        options = dict(causal)
+        if "scale" in known:
+            options["scale"] = scale
+        elif scale != (usual := q.shape[-1] ** -0.5):
+            q = q * (scale / usual)
+        if "enable_gqa" in known:
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        offsets, longest = packed.cu_seqlens, packed.max_seqlen
+        result: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
+        attended: torch.Tensor = result
+        return attended
+
+    return attend
+
+
+def xformers() -> Attend:
+    from xformers.ops import memory_efficient_attention
+
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: Packed,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        if (groups := q.shape[1] // k.shape[1]) > 1:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        result: torch.Tensor = memory_efficient_attention(
+            q[None], k[None], v[None], attn_bias=packed.xformers_mask, p=dropout, scale=scale
+        )
+        return result[0]
+
+    return attend
+
+
+def sdpa() -> Attend:
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: Packed,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        parts = []
+        for sample in zip(*(x.split(packed.seq_lens) for x in (q, k, v)), strict=True):
+            query, key, value = (x.transpose(0, 1)[None] for x in sample)
+            attended = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                dropout_p=dropout,
+                is_causal=True,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+            parts.append(attended[0].transpose(0, 1))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return attend
+
+
+def _refuse_dropout(kernel: str, dropout: float) -> None:
+    if dropout:
+        raise ModelError(
+            f"the model drops attention weights (attention_dropout {dropout:g}), which "
+            f"{kernel} cannot do",
+            remedy="use model.attention=sdpa, or set attention_dropout to 0 in its config.json",
+        )
+
+
+FUNCTIONS: dict[str, Callable[[], Attend]] = {
+    "flash_attention_3": flash_attention_3,
+    "flash_attention_2": flash_attention_2,
+    "torch_varlen": torch_varlen,
+    "xformers": xformers,
+    "sdpa": sdpa,
+}
+
+
+def attention_function(attend: Attend) -> Callable[..., tuple[torch.Tensor, None]]:
+    """A kernel in the form that transformers calls."""
+
+    def function(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        packed: Packed | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Args:
+            query: `[1, heads, T, head_dim]`; key, value: `[1, kv_heads, T, head_dim]`.
+            packed: the samples, of T tokens together; None means one sample of length T.
+
+        Returns:
+            `[1, T, heads, head_dim]` and no attention weights.
+        """
+        if query.shape[0] != 1:
+            raise ValueError(f"expected one flattened row, not a batch of {query.shape[0]}")
+        if packed is None:
+            packed = one_sample(query.shape[2], query.device)
+        _refuse_what_no_kernel_does(kwargs, packed)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return attend(q, k, v, packed, scale, dropout).unsqueeze(0), None
+
+    return function
+
+
+def one_sample(length: int, device: torch.device) -> Packed:
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+    return Packed([length], cu_seqlens, length)
+
+
+def _refuse_what_no_kernel_does(kwargs: dict[str, Any], packed: Packed) -> None:
     window = kwargs.get("sliding_window")
+    longest = packed.max_seqlen
     unsupported = kwargs.get("softcap") or kwargs.get("s_aux") is not None
-    if unsupported or (window is not None and max(lengths) > window):
+    if unsupported or (window is not None and longest > window):
         raise ModelError(
             "the model attends through a sliding window, capped scores or sinks, "
-            f"which this kernel does not do (window {window}, longest sample {max(lengths)})",
+            f"which this kernel does not do (window {window}, longest sample {longest})",
             remedy="use a data.seq_len of at most the window, or another base model",
         )
-    grouped = query.shape[1] != key.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
-        )
-        for q, k, v in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
-    ]
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The kernels know the samples from their lengths."""
 
 
-def register(kernel: str) -> str:
-    """Make a kernel of `attention.KERNELS` known to transformers; returns its name there."""
-    functions = {"sdpa": sdpa}
+def register(kernel: str) -> str | None:
+    """Make a kernel known to transformers; returns its name there, None for the model's own."""
+    if not KERNELS[kernel].packs:
+        return None
     name = PREFIX + kernel
-    AttentionInterface.register(name, functions[kernel])
+    AttentionInterface.register(name, attention_function(FUNCTIONS[kernel]()))
     AttentionMaskInterface.register(name, _no_mask)
     return name

@@ -1,12 +1,13 @@
 """Engine zero3: DeepSpeed ZeRO-3 under the Trainer's own integration.
 
-`deepspeed.zero.Init` partitions every parameter as it is made; the weights are then filled
-in one tensor at a time. Reductions and accumulation are fp32, said explicitly: DeepSpeed's
-defaults follow the compute dtype.
+`deepspeed.zero.Init` partitions every parameter as it is made; every rank then fills in its
+own part. Reductions and accumulation are fp32, said explicitly: DeepSpeed's defaults follow
+the compute dtype.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 
 from sft_job.config import JobConfig, Zero3
 from sft_job.errors import ModelError
-from sft_job.model import WeightFiles, build, make_trainable, missing_names
+from sft_job.loss import LossScale
+from sft_job.model import DTYPES, WeightFiles, build, make_trainable, missing_names
 from sft_job.plan import Plan
 from sft_job.world import World
 
@@ -32,6 +34,11 @@ def prepare_environment(device: torch.device) -> None:
     # On a CPU DeepSpeed would compile a shared-memory collective at the first start: half a
     # minute, and a C++ compiler that not everyone has. gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        from deepspeed.accelerator import get_accelerator
+
+        # DeepSpeed asks for native fp16 instructions; torch computes fp16 on every CPU, slowly.
+        get_accelerator().is_fp16_supported = lambda: True
 
 
 def settings(config: JobConfig, plan: Plan) -> dict[str, Any]:
@@ -43,9 +50,8 @@ def settings(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "stage": 3,
         "stage3_gather_16bit_weights_on_model_save": False,
         "contiguous_gradients": True,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
+        "overlap_comm": True,
+        **buffers(plan),
     }
     for key in (
         "stage3_max_live_parameters",
@@ -54,6 +60,9 @@ def settings(config: JobConfig, plan: Plan) -> dict[str, Any]:
     ):
         if (value := getattr(engine, key)) is not None:
             zero[key] = value
+    if engine.offload == "cpu":
+        pinned = plan.device_type == "cuda"
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     return {
         "train_micro_batch_size_per_gpu": 1,
         # The trainer accumulates by itself and tells DeepSpeed which micro-batch is the last.
@@ -62,8 +71,32 @@ def settings(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
         "bf16": {"enabled": plan.precision.value == "bf16"},
+        "fp16": {
+            "enabled": plan.precision.value == "fp16",
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": int(math.log2(LossScale.initial)),
+            "loss_scale_window": LossScale.window,
+            "hysteresis": 1,
+            "min_loss_scale": LossScale.least,
+        },
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def buffers(plan: Plan) -> dict[str, int]:
+    """Sizes in elements, from the shape of the model: one decoder layer is gathered while the
+    one before computes, and the gradients of one are reduced while the next computes. Norms and
+    biases stay whole on every rank: gathering them costs a message each."""
+    layer, hidden, ends = plan.layer_parameters, plan.hidden, plan.end_parameters
+    return {
+        "reduce_bucket_size": layer,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer + ends,
+        "stage3_max_reuse_distance": layer,
+        "stage3_param_persistence_threshold": hidden + 1,
+        # The optimizer makes an fp32 copy of the gradients of so many elements at a time.
+        "sub_group_size": max(2 * layer // plan.world_size, 1),
     }
 
 
@@ -71,38 +104,50 @@ def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> 
     """The model, partitioned over all ranks and filled, ready for the Trainer.
 
     Must run while the TrainingArguments with `settings` are alive: transformers then makes
-    every parameter under `deepspeed.zero.Init`.
+    every parameter under `deepspeed.zero.Init`. Every rank reads its own part of each tensor.
 
     Raises:
         ModelError: a parameter is not in the files.
     """
-    import deepspeed
-
     model = build(folder, plan, trust_remote_code=trust_remote_code, meta=False)
     files = WeightFiles(folder)
     if missing := missing_names(model, files):
         raise ModelError(f"the weight files have no {', '.join(missing[:5])}", where=str(folder))
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if world.is_main:
-                parameter.data.copy_(files.read(name))
-    make_trainable(model, activation_checkpointing=plan.activation_checkpointing)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.ds_tensor.copy_(_own_part(files, name, parameter, world))
+    make_trainable(model, plan)
     return model
 
 
-def restore_masters(model: PreTrainedModel, folder: Path) -> None:
+def _own_part(files: WeightFiles, name: str, parameter: Any, world: World) -> torch.Tensor:
+    """This rank's part of a flattened tensor as DeepSpeed cuts it: equal parts, the last one
+    filled up with zeros."""
+    size = parameter.ds_tensor.ds_numel
+    begin = min(world.rank * size, parameter.ds_numel)
+    end = min(begin + size, parameter.ds_numel)
+    if begin == end:
+        return torch.zeros(size)
+    row = math.prod(parameter.ds_shape[1:])
+    first = begin // row
+    rows = files.read(name, slice(first, math.ceil(end / row))).flatten()
+    part = rows[begin - first * row : end - first * row]
+    return part if len(part) == size else torch.nn.functional.pad(part, (0, size - len(part)))
+
+
+def restore_masters(model: PreTrainedModel, folder: Path, plan: Plan, world: World) -> None:
     """Put the exact weights into the fp32 masters.
 
-    DeepSpeed makes the masters from the bf16 parameters; where the weight files hold more
-    than bf16, that rounding would be the first step of the training.
+    DeepSpeed makes the masters from the parameters in the compute dtype; where the weight files
+    hold more than that, the rounding would be the first step of the training.
     """
-    from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_local_fp32_param
 
     files = WeightFiles(folder)
     for name, parameter in model.named_parameters():
-        value = files.read(name)
-        if value.dtype != torch.bfloat16:
-            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        part = _own_part(files, name, parameter, world)
+        if part.dtype != DTYPES[plan.precision.value]:
+            safe_set_local_fp32_param(parameter, part.to(parameter.device, torch.float32))
 
 
 def save(engine: Any, folder: Path) -> None:

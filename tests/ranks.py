@@ -39,7 +39,7 @@ class Setup:
             schedule_of(self.config, prepared.stats),
             rank=world.rank,
             world_size=world.size,
-            micro_batch_tokens=self.config.train.micro_batch_tokens,
+            micro_batch_tokens=plan.micro_batch_tokens,
             attention_scale=plan.attention_scale,
         )
         engine = zero3 if self.config.engine.type == "zero3" else fsdp
@@ -189,7 +189,7 @@ def _packed_and_alone(setup: Setup) -> float:
 
     def logits(chosen: list[Any]) -> torch.Tensor:
         batch = dataset.collate(chosen)
-        del batch["shift_labels"]
+        del batch["supervised"], batch["targets"]
         with torch.no_grad():
             result: torch.Tensor = setup.model(own_forward=True, **batch)["logits"][0]
         return result

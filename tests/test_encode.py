@@ -19,6 +19,7 @@ from sft_job.conversations import Conversation, Exchange, Trainable, Turn, read,
 from sft_job.encode import Encoder, Sample, check_tokenizer, spec_of
 from sft_job.errors import DataError, ModelError
 from sft_job.rundir import CacheDir
+from sft_job.tokenizer import check_converted, convert_sentencepiece, load_tokenizer
 from tests.runs import ROOT, make_tokenizer
 
 GOLDEN = json.loads((ROOT / "tests/golden/fastchat_labels.json").read_text())
@@ -35,8 +36,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory):
     shutil.copyfile(source, folder / "tokenizer.model")
     target = folder / "converted"
     target.mkdir()
-    model._convert_sentencepiece(folder, target)
-    return model.load_tokenizer(target)
+    convert_sentencepiece(folder, target)
+    return load_tokenizer(target)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +102,8 @@ def test_converted_tokenizer_is_compared_with_sentencepiece(llama, tmp_path: Pat
     backend["model"]["merges"].reverse()
     file.write_text(json.dumps(backend))
     with pytest.raises(ModelError, match="sentencepiece reads"):
-        model.check_converted(folder, [conversation("x", "def f():\n    return a + b")])
-    model.check_converted(Path(llama.name_or_path), [conversation("x", "def f():\n    return 1")])
+        check_converted(folder, [conversation("x", "def f():\n    return a + b")])
+    check_converted(Path(llama.name_or_path), [conversation("x", "def f():\n    return 1")])
 
 
 @pytest.mark.parametrize("which", ["llama", "small"])
@@ -179,8 +180,8 @@ def test_tokenizer_with_a_first_word_space_only_at_the_start(tmp_path: Path, lla
     (source / "tokenizer_config.json").write_text('{"legacy": false}')
     target = tmp_path / "converted"
     target.mkdir()
-    model._convert_sentencepiece(source, target)
-    tokenizer = model.load_tokenizer(target)
+    convert_sentencepiece(source, target)
+    tokenizer = load_tokenizer(target)
     sample = one(tokenizer, "Hi", "Hello!", "Who?", "Me.")
     tokens = tokenizer.convert_ids_to_tokens(sample.input_ids.tolist())
     after = tokens.index("</s>") + 1
@@ -316,6 +317,6 @@ def test_model_folder_with_bare_tokenizer_model_is_converted_once(tmp_path: Path
     asked = config.Model(path=str(source))
     folder = model.prepare_folder(asked, cache, online=False)
     assert (folder / "model.safetensors").is_symlink()
-    assert model.load_tokenizer(folder)("Hi").input_ids == llama("Hi").input_ids
-    assert model.load_tokenizer(folder).pad_token == "<unk>"
+    assert load_tokenizer(folder)("Hi").input_ids == llama("Hi").input_ids
+    assert load_tokenizer(folder).pad_token == "<unk>"
     assert model.prepare_folder(asked, cache, online=False) == folder

@@ -29,8 +29,18 @@ TABLE = {
         "workers",
         "plan",
     },
-    3: {"world", "encode", "dataset", "varlen", "loss", "model", "metrics", "checkpoint"},
-    4: {"fsdp", "zero3", "trainer", "export"},
+    3: {
+        "world",
+        "tokenizer",
+        "encode",
+        "dataset",
+        "varlen",
+        "loss",
+        "model",
+        "metrics",
+        "checkpoint",
+    },
+    4: {"fsdp", "zero3", "selftest", "trainer", "export"},
     ENTRY: {"train", "data", "chat"},
 }
 LAYER = {name: layer for layer, names in TABLE.items() for name in names}
@@ -163,8 +173,8 @@ def test_configuration_is_read_by_attribute():
 
 
 def test_the_number_of_files_stays_in_the_budget():
-    """At most 30 files."""
-    assert len(list(PACKAGE.glob("*.py"))) <= 30
+    """At most 36 files: those of the design, and the few that docs/decisions.md gives a reason for."""
+    assert len(list(PACKAGE.glob("*.py"))) <= 36
 
 
 def test_every_file_stays_in_the_budget():

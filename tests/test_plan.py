@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sft_job import conversations, hardware, plan
+from sft_job.attention import LIGER, Package, image_packages
 from sft_job.batching import Schedule
 from sft_job.config import load
 from sft_job.errors import HardwareError, ModelError
@@ -53,7 +54,8 @@ def resolved(job_file):
     """Resolve the minimal job with overrides."""
 
     def resolve_job(*overrides, machine=A100, world=1, data=None, facts=LLAMA):
-        return resolve(load(job_file, overrides), machine, world, data, facts)
+        packages = image_packages(machine)
+        return resolve(load(job_file, overrides), machine, world, data, facts, packages)
 
     return resolve_job
 
@@ -67,6 +69,8 @@ def resolved(job_file):
         (A100, "auto", "bf16", "NVIDIA A100-SXM4-80GB computes in bf16"),
         (A100, "bf16", "bf16", "asked for"),
         (A100, "fp32", "fp32", "asked for"),
+        (V100, "auto", "fp16", "Tesla V100-SXM2-32GB has no bf16 arithmetic; the loss is scaled"),
+        (V100, "fp16", "fp16", "asked for"),
         (V100, "fp32", "fp32", "asked for"),
         (CPU, "auto", "fp32", "Old Xeon has no bf16 arithmetic"),
         (CPU, "fp32", "fp32", "asked for"),
@@ -77,28 +81,66 @@ def resolved(job_file):
 def test_precision_is_chosen_by_auto_alone(machine, asked, value, reason, resolved):
     """auto takes what the hardware computes in; a name is done."""
     precision = resolved(f"train.precision={asked}", machine=machine).precision
-    assert (precision.value, precision.reason) == (value, reason)
+    assert precision.value == value
+    assert precision.reason.startswith(reason)
+
+
+def test_bf16_on_an_old_gpu_is_refused_with_the_way_out(resolved):
+    """Never an emulated bf16, whatever torch says it supports."""
+    with pytest.raises(HardwareError) as error:
+        resolved("train.precision=bf16", machine=V100)
+    assert str(error.value) == (
+        "train.precision: bf16, but Tesla V100-SXM2-32GB has no bf16 arithmetic (compute "
+        "capability 8.0 or newer has; torch would emulate it)\n"
+        "  -> use train.precision=fp16 or auto"
+    )
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("machine", "kernel"), [(A100, "flash_attention_2"), (V100, "xformers"), (CPU, "sdpa")]
+)
+def test_attention_is_chosen_for_the_hardware(machine, kernel, resolved):
+    """auto chooses and says why (tests/test_attention.py has the table); a name is done."""
+    chosen = resolved(machine=machine).attention
+    assert chosen.value == kernel
+    assert not chosen.reason.startswith("asked for")
+    assert resolved("model.attention=sdpa", machine=machine).attention.reason.startswith("asked")
+
+
+def test_rows_need_a_kernel_that_packs(resolved):
+    """One sample per forward pass and packed rows exclude each other."""
+    own = dataclasses.replace(LLAMA, remote_code=True)
+    assert resolved(facts=own).attention.value == "own"
+    with pytest.raises(ModelError, match=r"rows packs samples.*own takes one sample per forward"):
+        resolved("data.batching=rows", facts=own)
+
+
+@pytest.mark.parametrize(
+    ("asked", "machine", "packages", "value", "reason"),
     [
-        ("bf16", "train.precision: bf16, but Tesla V100-SXM2-32GB has no bf16 arithmetic"),
-        ("auto", "Tesla V100-SXM2-32GB has no bf16 arithmetic, and fp16 .* not available"),
+        ("auto", A100, {LIGER: Package("0.8.5")}, "liger", "liger-kernel 0.8.5: one pass"),
+        ("liger", A100, {LIGER: Package("0.8.5")}, "liger", "asked for; liger-kernel 0.8.5"),
+        ("torch", A100, {LIGER: Package("0.8.5")}, "torch", "asked for"),
+        ("auto", A100, {}, "torch", "not liger: liger-kernel is not installed"),
+        ("auto", A100, {LIGER: Package("0.8.5", "no")}, "torch", "not liger: the installed liger"),
+        ("auto", V100, {LIGER: Package("0.8.5")}, "torch", "not liger: Triton needs a GPU of"),
+        ("auto", CPU, {LIGER: Package("0.8.5")}, "torch", "not liger: Triton needs a GPU of"),
+        ("liger", V100, {LIGER: Package("0.8.5")}, None, "liger, but Triton needs a GPU of cap"),
+        ("liger", A100, {}, None, "model.cross_entropy is liger, but liger-kernel is not inst"),
     ],
 )
-def test_an_old_gpu_is_refused_with_the_way_out(asked, expected, resolved):
-    """Never a silent fp32 on a GPU, never an emulated bf16."""
-    with pytest.raises(HardwareError, match=rf"{expected}(.|\n)*-> use train.precision=fp32"):
-        resolved(f"train.precision={asked}", machine=V100)
-
-
-@pytest.mark.parametrize("machine", [A100, CPU])
-def test_attention_has_a_reason(machine, resolved):
-    """auto chooses and says why; a name is done."""
-    chosen = resolved(machine=machine).attention
-    assert (chosen.value, chosen.reason != "asked for") == ("sdpa", True)
-    assert resolved("model.attention=sdpa", machine=machine).attention.reason == "asked for"
+def test_cross_entropy_is_ligers_where_triton_runs(
+    job_file, asked, machine, packages, value, reason
+):
+    """auto takes it on capability 8.0 and newer; by name it is done or refused."""
+    config = load(job_file, [f"model.cross_entropy={asked}"])
+    if value is None:
+        with pytest.raises(HardwareError, match=reason):
+            resolve(config, machine, 1, None, LLAMA, packages)
+        return
+    chosen = resolve(config, machine, 1, None, LLAMA, packages).cross_entropy
+    assert chosen.value == value
+    assert chosen.reason.startswith(reason)
 
 
 def test_the_device_is_named_as_it_is(resolved):
@@ -638,84 +680,3 @@ def test_a_plan_may_be_made_for_another_number_of_processes(job_file, monkeypatc
     monkeypatch.setattr(hardware, "detect", lambda: A100)
     assert plan_of(load(job_file), 64)[0].world_size == 64
     assert plan_of(load(job_file))[0].world_size == 8
-
-
-# --- the machine ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """Put an nvidia-smi into PATH that prints the given rows."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def install(*rows: str, code: int = 0) -> None:
-        folder = tmp_path / "bin"
-        folder.mkdir()
-        (folder / "rows").write_text("".join(f"{row}\n" for row in rows))
-        script = folder / "nvidia-smi"
-        script.write_text(f"#!/bin/sh\n/bin/cat '{folder}/rows'\nexit {code}\n")
-        script.chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder))
-
-    return install
-
-
-A100_ROW = "NVIDIA A100-SXM4-80GB, 81920, 8.0, GPU-{}"
-V100_ROW = "Tesla V100-SXM2-32GB, 32768, 7.0, GPU-{}"
-
-
-def test_gpus_are_asked_from_the_driver(nvidia_smi):
-    """Name, number, capability, memory."""
-    nvidia_smi(*(A100_ROW.format(uuid) for uuid in "abcdefgh"))
-    assert hardware.detect() == A100
-
-
-def test_bf16_needs_capability_8(nvidia_smi):
-    """is_bf16_supported() counts emulation, this does not."""
-    nvidia_smi(V100_ROW.format("a"))
-    found = hardware.detect()
-    assert (found.capability, found.bf16) == ((7, 0), False)
-
-
-def test_a_machine_without_driver_is_a_cpu(tmp_path, monkeypatch):
-    """No nvidia-smi, no GPU."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    found = hardware.detect()
-    assert (found.device, found.count, found.capability) == ("cpu", 1, None)
-    assert found.memory_gib > 0
-
-
-@pytest.mark.parametrize(
-    ("visible", "count"),
-    [("0", 1), ("2,0", 2), ("", 0), ("-1", 0), ("0,9,1", 1), ("GPU-b,GPU-c", 2), (" 0 , 1 ", 2)],
-)
-def test_hidden_gpus_do_not_count(visible, count, nvidia_smi, monkeypatch):
-    """CUDA_VISIBLE_DEVICES by index or uuid; the list ends at the first unknown entry."""
-    nvidia_smi(*(A100_ROW.format(uuid) for uuid in "abc"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = hardware.detect()
-    assert (found.device, found.count) == (("cuda", count) if count else ("cpu", 1))
-
-
-def test_different_gpus_are_refused(nvidia_smi, monkeypatch):
-    """The slowest would decide, and precision could not; hiding one kind is the way out."""
-    nvidia_smi(A100_ROW.format("a"), V100_ROW.format("b"))
-    with pytest.raises(HardwareError, match=r"differ: .*A100.*\(sm_8.0\), .*V100(.|\n)*CUDA_VIS"):
-        hardware.detect()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert hardware.detect().name == "Tesla V100-SXM2-32GB"
-
-
-def test_a_broken_driver_is_no_reason_to_train_on_the_cpu(nvidia_smi):
-    """What the driver says, and what to do."""
-    nvidia_smi("Driver/library version mismatch", code=18)
-    expected = r"nvidia-smi failed: Driver/library version mismatch\n  -> mend the driver"
-    with pytest.raises(HardwareError, match=expected):
-        hardware.detect()
-
-
-def test_memory_that_the_driver_does_not_tell_is_unknown(nvidia_smi):
-    """GPUs that share the machine's memory answer [N/A]."""
-    nvidia_smi("NVIDIA GB10, [N/A], 12.1, GPU-a")
-    found = hardware.detect()
-    assert (found.capability, found.memory_gib) == ((12, 1), None)
