@@ -10,6 +10,10 @@
               hardware        what this machine has
               attention       the attention kernels and the choice among them
               prepared        what is already on this machine for a job
+              memory          bytes of a device at the peak of a step
+              flops           operations of a step, and how long they take
+              fit             what fits: checkpointing, micro-batch size, what to change
+              choices         the other decisions of a plan: precision, kernels, positions
               workers         the training processes of one machine: started, watched, stopped
               plan            everything derived from a job, in one place; `sft-job plan`
     layer 3   world           the processes that train together, and what they agree on

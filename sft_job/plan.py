@@ -10,15 +10,18 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sft_job import attention, cli, hardware
-from sft_job.attention import Choice, Heads, Package
+from sft_job import attention, choices, cli, fit, flops, hardware
+from sft_job.attention import Choice, Package
 from sft_job.batching import Schedule, deal, idle_share
-from sft_job.config import JobConfig, LinearRope, load
-from sft_job.errors import HardwareError, ModelError
+from sft_job.config import JobConfig, load
+from sft_job.errors import HardwareError
+from sft_job.flops import Work
 from sft_job.hardware import Hardware
+from sft_job.memory import BYTES, Memory
 from sft_job.prepared import DataStats, ModelFacts, Prepared, find_prepared, model_facts
 
 # Steps looked at for the predicted idle share; a longer run is sampled evenly.
@@ -27,7 +30,7 @@ IDLE_SAMPLE = 200
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved job. None means: known only after encoding."""
+    """The resolved job. None means: known only after encoding, or not known of this hardware."""
 
     model: str
     parameters: int | None
@@ -42,9 +45,15 @@ class Plan:
     rope_factor: float | None
     """Linear factor to apply; None leaves the model's own positions as they are."""
     micro_batch_tokens: int
+    micro_batch_reason: str
     activation_checkpointing: Choice
     saved_products: int | None
     """Matrix products of a layer whose results selective checkpointing keeps."""
+    memory: Memory | None
+    memory_room: int | None
+    """Bytes that tensors of one process may fill."""
+    remedy: str | None
+    """The cheapest change after which the job fits; None when it fits."""
     conversations: int | None
     samples: int | None
     tokens: int | None
@@ -66,9 +75,24 @@ class Plan:
     layer_parameters: int
     end_parameters: int
     """Elements of one decoder layer, and of embedding and head together."""
+    step: Work
+    """Mean work of a step over all ranks; before encoding, the most that it can be."""
+    step_flops: float | None
+    step_flops_executed: float | None
+    mfu: float | None
+    """Share of the peak that needed operations are taken to reach."""
+    seconds_per_step: float | None
     checkpoint_bytes: int | None
     model_bytes: int | None
+    disk_bytes: int | None
+    """All checkpoints that are kept, and the model."""
     notes: tuple[str, ...]
+
+    @property
+    def hours(self) -> float | None:
+        if self.seconds_per_step is None or self.steps is None:
+            return None
+        return self.seconds_per_step * self.steps / 3600
 
 
 def resolve(
@@ -78,42 +102,45 @@ def resolve(
     stats: DataStats | None,
     facts: ModelFacts | None,
     packages: Mapping[str, Package],
+    mfu: float | None = None,
 ) -> Plan:
     """Derive everything from plain values.
 
     Args:
         packages: as from `attention.installed`, or `attention.image_packages`.
+        mfu: model FLOPs utilisation to plan with; None takes `flops.assumed_utilisation`.
 
     Raises:
         HardwareError, ModelError: what the job asks for by name cannot be had.
     """
-    precision = _precision(config, hardware)
-    kernel = _attention(config, hardware, precision.value, facts, packages)
-    rope, factor = _rope(config, facts)
+    precision = choices.precision(config, hardware)
+    kernel = choices.attention(config, hardware, precision.value, facts, packages)
+    loss = choices.cross_entropy(config, hardware, packages)
+    rope, factor = choices.rope(config, facts)
     scale = facts.attention_scale if facts else 12.0 * 4096
     schedule = schedule_of(config, stats) if stats else None
-    tokens = 16384 if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
-    recompute = Choice(config.train.activation_checkpointing.replace("auto", "full"), "")
+    step = _step(config, schedule, stats)
+    parameters = facts.parameters if facts else None
+    room = fit.capacity(hardware, world_size)
+    question = (
+        fit.question_of(config, hardware, world_size, facts, step, precision, kernel, loss)
+        if facts and parameters
+        else None
+    )
+    found, tokens, why_tokens, recompute = fit.answer(config, question, room)
     packs = attention.KERNELS[kernel.value].packs
     micro_batches, idle = _dealt(config, schedule, stats, world_size, scale, tokens, packs)
-    parameters = facts.parameters if facts else None
-    notes = []
-    if config.engine.type == "zero3" and precision.value == "bf16":
-        notes.append(
-            "ZeRO-3 makes its fp32 masters from bf16-rounded weights; "
-            "they are replaced by the exact ones before the first step"
-        )
-    if schedule and schedule.units < config.train.global_batch_size:
-        notes.append(
-            f"one epoch is a single step: {schedule.units} {config.data.batching} are fewer than "
-            f"train.global_batch_size ({config.train.global_batch_size})"
-        )
-    if idle is not None and idle > 0.1:
-        notes.append(
-            f"ranks wait {idle:.0%} of the time for the heaviest one: "
-            "a step has too few samples to be levelled over so many ranks"
-        )
     steps = schedule.steps if schedule else None
+    executed = needed = None
+    if facts and parameters:
+        needed = flops.needed(facts, step)
+        saved = found.level.saved_products if found else None
+        executed = flops.executed(facts, step, recompute.value, saved)
+    used, seconds = flops.speed(hardware, world_size, precision.value, needed, executed, mfu)
+    # weights, and the first and second moment of Adam, all fp32
+    checkpoint_bytes = 12 * parameters if parameters else None
+    model_bytes = BYTES[precision.value] * parameters if parameters else None
+    short = found is not None and room is not None and found.memory.total > room
     return Plan(
         model=config.model.path,
         parameters=parameters,
@@ -123,19 +150,19 @@ def resolve(
         world_size=world_size,
         precision=precision,
         attention=kernel,
-        cross_entropy=_cross_entropy(config, hardware, packages),
+        cross_entropy=loss,
         rope=rope,
         rope_factor=factor,
         micro_batch_tokens=tokens,
+        micro_batch_reason=why_tokens,
         activation_checkpointing=recompute,
-        saved_products=None,
-        conversations=stats.conversations if stats else None,
-        samples=stats.samples if stats else None,
-        tokens=sum(stats.lengths) if stats and stats.lengths is not None else None,
-        supervised_tokens=stats.supervised_tokens if stats else None,
-        lost=dict(stats.lost) if stats else {},
-        begin=stats.begin if stats else None,
-        end=stats.end if stats else None,
+        saved_products=found.level.saved_products if found else None,
+        memory=found.memory if found else None,
+        memory_room=room,
+        remedy=fit.remedy(question, room, hardware)
+        if short and question and room is not None
+        else None,
+        **_found(stats),
         seq_len=config.data.seq_len,
         batching=config.data.batching,
         global_batch_size=config.train.global_batch_size,
@@ -148,11 +175,71 @@ def resolve(
         hidden=facts.hidden if facts else 4096,
         layer_parameters=facts.layer_parameters if facts else 0,
         end_parameters=facts.end_parameters if facts else 0,
-        # weights, and the first and second moment of Adam, all fp32
-        checkpoint_bytes=12 * parameters if parameters else None,
-        model_bytes=(4 if precision.value == "fp32" else 2) * parameters if parameters else None,
-        notes=tuple(notes),
+        step=step,
+        step_flops=needed,
+        step_flops_executed=executed,
+        mfu=used,
+        seconds_per_step=seconds,
+        checkpoint_bytes=checkpoint_bytes,
+        model_bytes=model_bytes,
+        disk_bytes=_disk(config, steps, checkpoint_bytes, model_bytes),
+        notes=tuple(_notes(config, precision, schedule, idle)),
     )
+
+
+def _found(stats: DataStats | None) -> dict[str, Any]:
+    """What encoding found."""
+    names = ("conversations", "samples", "supervised_tokens", "begin", "end")
+    found = {name: getattr(stats, name) if stats else None for name in names}
+    tokens = sum(stats.lengths) if stats and stats.lengths is not None else None
+    return found | {"tokens": tokens, "lost": dict(stats.lost) if stats else {}}
+
+
+def _notes(
+    config: JobConfig, precision: Choice, schedule: Schedule | None, idle: float | None
+) -> Iterator[str]:
+    if config.engine.type == "zero3" and precision.value != "fp32":
+        yield (
+            f"ZeRO-3 makes its fp32 masters from {precision.value}-rounded weights; "
+            "they are replaced by the exact ones before the first step"
+        )
+    if schedule and schedule.units < config.train.global_batch_size:
+        yield (
+            f"one epoch is a single step: {schedule.units} {config.data.batching} are fewer than "
+            f"train.global_batch_size ({config.train.global_batch_size})"
+        )
+    if idle is not None and idle > 0.1:
+        yield (
+            f"ranks wait {idle:.0%} of the time for the heaviest one: "
+            "a step has too few samples to be levelled over so many ranks"
+        )
+
+
+def _step(config: JobConfig, schedule: Schedule | None, stats: DataStats | None) -> Work:
+    """Mean work of a step; without lengths the most that it can be."""
+    if schedule is None or stats is None or stats.lengths is None:
+        samples, seq_len = config.train.global_batch_size, config.data.seq_len
+        tokens = float(samples * seq_len)
+        return Work(tokens, tokens * seq_len, tokens)
+    count = schedule.steps_per_epoch
+    return Work(
+        sum(stats.lengths) / count,
+        sum(length * length for length in stats.lengths) / count,
+        (stats.supervised_tokens or 0) / count,
+    )
+
+
+def _disk(
+    config: JobConfig, steps: int | None, checkpoint: int | None, model: int | None
+) -> int | None:
+    """What the run directory grows to."""
+    if checkpoint is None or model is None:
+        return None
+    keep = config.checkpoint.keep
+    if steps is not None:
+        made = math.ceil(steps / config.checkpoint.every_steps)
+        keep = made if keep is None else min(keep + 1, made)  # one more while it is written
+    return checkpoint * keep + model if keep is not None else None
 
 
 def schedule_of(config: JobConfig, stats: DataStats) -> Schedule:
@@ -167,129 +254,6 @@ def schedule_of(config: JobConfig, stats: DataStats) -> Schedule:
         seq_len=config.data.seq_len,
         lengths=stats.lengths,
     )
-
-
-def _precision(config: JobConfig, hardware: Hardware) -> Choice:
-    asked = config.train.precision
-    old = hardware.device == "cuda" and not hardware.bf16
-    if asked == "bf16" and old:
-        raise HardwareError(
-            f"train.precision: bf16, but {hardware.name} has no bf16 arithmetic "
-            "(compute capability 8.0 or newer has; torch would emulate it)",
-            remedy="use train.precision=fp16 or auto",
-        )
-    if asked != "auto":
-        return Choice(asked, "asked for")
-    if hardware.bf16:
-        return Choice("bf16", f"{hardware.name} computes in bf16")
-    if old:
-        return Choice(
-            "fp16", f"{hardware.name} has no bf16 arithmetic; the loss is scaled dynamically"
-        )
-    return Choice("fp32", f"{hardware.name} has no bf16 arithmetic")
-
-
-def _attention(
-    config: JobConfig,
-    hardware: Hardware,
-    precision: str,
-    facts: ModelFacts | None,
-    packages: Mapping[str, Package],
-) -> Choice:
-    heads = None
-    if facts is not None and facts.heads is not None:
-        dim = facts.head_dim or facts.hidden // facts.heads
-        heads = Heads(dim, facts.heads, facts.key_heads or facts.heads)
-    kernel = attention.choose(
-        config.model.attention,
-        hardware,
-        precision=precision,
-        heads=heads,
-        packages=packages,
-        remote_code=facts is not None and facts.remote_code,
-    )
-    if not attention.KERNELS[kernel.value].packs and config.data.batching == "rows":
-        raise ModelError(
-            "data.batching: rows packs samples into rows, and attention kernel "
-            f"{kernel.value} takes one sample per forward pass ({kernel.reason})",
-            remedy="use data.batching=conversations",
-        )
-    return kernel
-
-
-def _cross_entropy(
-    config: JobConfig, hardware: Hardware, packages: Mapping[str, Package]
-) -> Choice:
-    """Liger's kernel needs Triton, which needs capability 8.0."""
-    asked = config.model.cross_entropy
-    number = attention.sm(hardware)
-    package = packages.get(attention.LIGER)
-    if number is None or number < 80:
-        obstacle = f"Triton needs a GPU of capability 8.0, {hardware.name} is not one"
-    elif package is None:
-        obstacle = f"{attention.LIGER} is not installed"
-    elif package.fault:
-        obstacle = f"the installed {attention.LIGER} {package.version} is broken ({package.fault})"
-    else:
-        obstacle = None
-    if asked == "liger" and obstacle:
-        raise HardwareError(
-            f"model.cross_entropy is liger, but {obstacle}", remedy="use model.cross_entropy=auto"
-        )
-    if asked == "torch":
-        return Choice("torch", "asked for")
-    if obstacle or package is None:
-        return Choice("torch", f"not liger: {obstacle}")
-    ground = f"{attention.LIGER} {package.version}: one pass over each chunk of logits"
-    return Choice("liger", f"asked for; {ground}" if asked == "liger" else ground)
-
-
-def _rope(config: JobConfig, facts: ModelFacts | None) -> tuple[Choice, float | None]:
-    """The RoPE decision: a reason, and the linear factor to set (None: leave as it is)."""
-    asked, seq_len = config.model.rope, config.data.seq_len
-    if facts is None:
-        return Choice("unknown", "the model's config.json is not here yet"), None
-    native, existing = facts.context, facts.rope
-    if existing is not None:
-        kind = str(existing.get("rope_type") or existing.get("type"))
-        factor = float(existing.get("factor") or 1)
-        original = existing.get("original_max_position_embeddings")
-        # Some families state the scaled context, some the original one.
-        scaled = native if original and native > original else int((original or native) * factor)
-        same = isinstance(asked, LinearRope) and (kind, factor) == ("linear", asked.factor)
-        if (asked == "auto" or same) and scaled >= seq_len:
-            return Choice(f"{kind} x{factor:g}", f"the model's own, good for {scaled:,}"), None
-        raise ModelError(
-            f"the model already scales its positions ({kind} x{factor:g}, context {scaled:,}) "
-            f"and data.seq_len {seq_len:,} with model.rope {_show_rope(asked)} does not fit that",
-            where=config.model.path,
-            remedy=f"use model.rope=auto with data.seq_len <= {scaled}, or an unscaled base model",
-        )
-    if isinstance(asked, LinearRope):
-        if asked.factor * native < seq_len:
-            raise ModelError(
-                f"model.rope factor {asked.factor:g} x native context {native:,} is less than "
-                f"data.seq_len {seq_len:,}",
-                where=config.model.path,
-                remedy=f"use a factor of at least {math.ceil(seq_len / native)}, or rope: auto",
-            )
-        return Choice(f"linear x{asked.factor:g}", "asked for"), asked.factor
-    if seq_len <= native:
-        return Choice("none", f"data.seq_len fits the native context of {native:,}"), None
-    if asked == "none":
-        raise ModelError(
-            f"data.seq_len {seq_len:,} is longer than the native context of {native:,} "
-            "and model.rope is none",
-            where=config.model.path,
-            remedy="use model.rope=auto, or a shorter data.seq_len",
-        )
-    factor = float(math.ceil(seq_len / native))
-    reason = f"ceil(data.seq_len {seq_len:,} / native context {native:,})"
-    return Choice(f"linear x{factor:g}", reason), factor
-
-
-def _show_rope(asked: str | LinearRope) -> str:
-    return asked if isinstance(asked, str) else f"{asked.type} x{asked.factor:g}"
 
 
 def _dealt(
@@ -346,71 +310,115 @@ def lost_lines(lost: Mapping[str, int]) -> list[str]:
 
 def show(plan: Plan) -> str:
     """The plan as text, the arithmetic included."""
-
-    def known(value: int | None, unit: str = "") -> str:
-        return "known after encoding" if value is None else f"{value:,}{unit}"
-
-    def chosen(choice: Choice) -> str:
-        return f"{choice.value}  ({choice.reason})"
-
-    size = f"{plan.parameters / 1e6:,.1f} M parameters" if plan.parameters else "size unknown"
-    rows = [
-        ("model", f"{plan.model}  ({size})"),
-        ("engine", f"{plan.engine}, {plan.world_size} process(es) on {plan.device}"),
-        ("precision", chosen(plan.precision) + "; fp32 masters and reductions"),
-        ("attention", chosen(plan.attention)),
-        ("rope", chosen(plan.rope)),
-        ("loss", chosen(plan.cross_entropy)),
-        ("recompute", chosen(plan.activation_checkpointing)),
-        ("data", f"{known(plan.conversations)} conversations -> {known(plan.samples)} samples"),
-    ]
-    if plan.tokens and plan.supervised_tokens:
-        share = plan.supervised_tokens / plan.tokens
-        trained = f"{plan.supervised_tokens:,} ({share:.0%}) trained on, no padding"
-        rows.append(("tokens", f"{plan.tokens:,} an epoch, {trained}"))
-    if plan.end is not None:
-        begin = f"{plan.begin!r}" if plan.begin else "nothing"
-        rows.append(("stop token", f"{plan.end!r} after every answer; {begin} at the beginning"))
-    if plan.steps and plan.steps_per_epoch:
-        rows.append(
-            (
-                "steps",
-                f"{plan.steps:,} of {plan.global_batch_size} {plan.batching} "
-                f"({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of them warm-up",
-            )
-        )
-    else:
-        rows.append(("steps", "known after encoding (sft-job data encode job.yaml)"))
-    if plan.micro_batches and plan.idle_share is not None:
-        fewest, most = plan.micro_batches
-        count = f"{most}" if fewest == most else f"{fewest} to {most}"
-        waits = f"predicted idle share {plan.idle_share:.1%}"
-        rows.append(("step", f"{count} micro-batch(es) on each of {plan.world_size}; {waits}"))
-    if plan.checkpoint_bytes and plan.model_bytes:
-        rows.append(
-            (
-                "disk",
-                f"{plan.checkpoint_bytes / 2**30:.2f} GiB a checkpoint, "
-                f"{plan.model_bytes / 2**30:.2f} GiB the model",
-            )
-        )
-    lines = [f"{name:<11}{text}" for name, text in rows]
+    rows = [*_job_rows(plan), *_data_rows(plan), *_cost_rows(plan)]
+    lines = [f"{name:<13}{text}" for name, text in rows]
+    if plan.remedy:
+        lines.append(f"DOES NOT FIT; the cheapest change that fits: {plan.remedy}")
     if plan.lost:
         lines += ["not trained on:", *lost_lines(plan.lost)]
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])
 
 
+Rows = Iterator[tuple[str, str]]
+
+
+def _job_rows(plan: Plan) -> Rows:
+    def chosen(choice: Choice) -> str:
+        return f"{choice.value}  ({choice.reason})"
+
+    size = f"{plan.parameters / 1e6:,.1f} M parameters" if plan.parameters else "size unknown"
+    yield "model", f"{plan.model}  ({size})"
+    yield "engine", f"{plan.engine}, {plan.world_size} process(es) on {plan.device}"
+    yield "precision", chosen(plan.precision) + "; fp32 masters and reductions"
+    yield "attention", chosen(plan.attention)
+    yield "loss", chosen(plan.cross_entropy)
+    yield "rope", chosen(plan.rope)
+    yield "recompute", chosen(plan.activation_checkpointing)
+    yield "micro-batch", f"{plan.micro_batch_tokens:,} tokens at most  ({plan.micro_batch_reason})"
+
+
+def _data_rows(plan: Plan) -> Rows:
+    def known(value: int | None) -> str:
+        return "known after encoding" if value is None else f"{value:,}"
+
+    yield "data", f"{known(plan.conversations)} conversations -> {known(plan.samples)} samples"
+    if plan.tokens and plan.supervised_tokens:
+        share = plan.supervised_tokens / plan.tokens
+        trained = f"{plan.supervised_tokens:,} ({share:.0%}) trained on, no padding"
+        yield "tokens", f"{plan.tokens:,} an epoch, {trained}"
+    if plan.end is not None:
+        begin = f"{plan.begin!r}" if plan.begin else "nothing"
+        yield "stop token", f"{plan.end!r} after every answer; {begin} at the beginning"
+    if plan.steps and plan.steps_per_epoch:
+        yield (
+            "steps",
+            f"{plan.steps:,} of {plan.global_batch_size} {plan.batching} "
+            f"({plan.steps_per_epoch:,} an epoch), {plan.warmup_steps:,} of them warm-up",
+        )
+    else:
+        yield "steps", "known after encoding (sft-job data encode job.yaml)"
+    if plan.micro_batches and plan.idle_share is not None:
+        fewest, most = plan.micro_batches
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
+        waits = f"predicted idle share {plan.idle_share:.1%}"
+        yield "step", f"{count} micro-batch(es) on each of {plan.world_size}; {waits}"
+
+
+def _cost_rows(plan: Plan) -> Rows:
+    """Memory, operations, time, disk."""
+    bound = "" if plan.tokens is not None else "at most "
+    if plan.memory is not None:
+        memory, device = plan.memory, "GPU" if plan.device_type == "cuda" else "process"
+        room = "" if plan.memory_room is None else f" of {gib(plan.memory_room)} usable"
+        yield "memory", f"{gib(memory.total)}{room} GiB on each {device}, most in {memory.moment}:"
+        parts = ("weights", "gradients", "optimizer", "activations", "working", "logits", "buffers")
+        yield "", ", ".join(f"{part} {gib(getattr(memory, part))}" for part in parts)
+        if memory.host:
+            yield "", f"and {gib(memory.host)} GiB of host memory for each GPU"
+    if plan.step_flops and plan.step_flops_executed:
+        again = plan.step_flops_executed / plan.step_flops - 1
+        yield (
+            "operations",
+            f"{bound}{plan.step_flops:.3g} a step for {bound}{plan.step.tokens:,.0f} tokens; "
+            f"{again:.0%} more are executed",
+        )
+    if plan.seconds_per_step is not None:
+        text = f"{bound}{plan.seconds_per_step:.2f} s a step, if {plan.mfu:.0%} MFU is reached"
+        if plan.hours is not None:
+            text += f"; {plan.hours:,.1f} h, {plan.hours * plan.world_size:,.0f} GPU-hours in all"
+        yield "time", text
+    else:
+        yield "time", "not known of this hardware"
+    if plan.checkpoint_bytes and plan.model_bytes:
+        text = f"{gib(plan.checkpoint_bytes)} GiB a checkpoint, {gib(plan.model_bytes)} the model"
+        if plan.disk_bytes is not None:
+            text += f", {gib(plan.disk_bytes)} in all"
+        yield "disk", text
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:,.2f}"
+
+
 def plan_of(config: JobConfig, world_size: int | None = None) -> tuple[Plan, Prepared | None]:
     """The plan for this machine (or for `world_size` processes of its kind)."""
     machine = hardware.detect()
-    prepared = find_prepared(config)
-    facts = model_facts(config, prepared)
-    world = world_size or processes(config, machine)
     wanted = attention.candidates(config.model.attention, machine)
     # A worker has torch already; the launcher must not wait for it.
     packages = attention.installed(imported=wanted if "torch" in sys.modules else ())
-    stats = prepared.stats if prepared else None
+    prepared = find_prepared(config)
+    facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
+    world = world_size or processes(config, machine)
     return resolve(config, machine, world, stats, facts, packages), prepared
+
+
+def plan_for(config: JobConfig, gpu: str, count: int, mfu: float | None) -> Plan:
+    """The plan for `count` GPUs that need not be here, in the image that is made for them."""
+    machine = hardware.named(gpu, count)
+    prepared = find_prepared(config)
+    facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
+    packages = attention.image_packages(machine)
+    return resolve(config, machine, count, stats, facts, packages, mfu)
 
 
 def processes(config: JobConfig, machine: Hardware) -> int:
@@ -429,10 +437,18 @@ def processes(config: JobConfig, machine: Hardware) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.job_parser("plan", "Show what a job will do on this machine, without doing it.")
+    parser = cli.job_parser("plan", "Show what a job will do, without doing it.")
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--gpu", metavar="KEY", help=f"plan for: {', '.join(hardware.GPUS)}")
+    parser.add_argument("--count", type=int, metavar="N", help="so many of them (default 1)")
+    parser.add_argument("--mfu", type=float, metavar="SHARE", help="e.g. 0.45, as measured")
     args = parser.parse_intermixed_args(argv)
-    plan, _ = plan_of(load(args.job, args.overrides))
+    if args.gpu is None and (args.count is not None or args.mfu is not None):
+        parser.error("--count and --mfu go with --gpu")
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        parser.error("--mfu is a share of the peak: more than 0, at most 1")
+    config = load(args.job, args.overrides)
+    plan = plan_for(config, args.gpu, args.count or 1, args.mfu) if args.gpu else plan_of(config)[0]
     print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else show(plan))
     return 0
 

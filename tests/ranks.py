@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft_job import checkpoint, dataset, fsdp, trainer, zero3
+from sft_job import checkpoint, dataset, fsdp, loss, trainer, zero3
+from sft_job import model as models
+from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
 from sft_job.config import JobConfig, load
 from sft_job.metrics import Silence
@@ -25,12 +32,16 @@ from sft_job.world import World
 class Setup:
     """A trainer on this rank, as `train` makes it."""
 
-    def __init__(self, world: World, job: Path, *overrides: str) -> None:
+    def __init__(
+        self, world: World, job: Path, *overrides: str, saved_products: int | None = None
+    ) -> None:
         self.world = world
         self.config: JobConfig = load(job, overrides)
         self.run_dir = RunDir(self.config.run.dir)
         plan, prepared = plan_of(self.config, world.size)
         assert prepared is not None
+        if saved_products is not None:
+            plan = dataclasses.replace(plan, saved_products=saved_products)
         self.plan: Plan = plan
         self.folder = Path(prepared.model_folder)
         arguments = trainer.training_arguments(self.config, plan, self.run_dir, world)
@@ -41,9 +52,11 @@ class Setup:
             world_size=world.size,
             micro_batch_tokens=plan.micro_batch_tokens,
             attention_scale=plan.attention_scale,
+            one_sample_each=not KERNELS[plan.attention.value].packs,
         )
         engine = zero3 if self.config.engine.type == "zero3" else fsdp
-        self.model = engine.load(self.folder, plan, world, trust_remote_code=False)
+        trust = self.config.model.trust_remote_code
+        self.model = engine.load(self.folder, plan, world, trust_remote_code=trust)
         self.trainer = trainer.SftTrainer(
             self.model,
             arguments,
@@ -60,6 +73,7 @@ class Setup:
 
     def close(self) -> None:
         zero3.forget_settings()
+        nn.functional.linear = torch._C._nn.linear  # DeepSpeed leaves its own there
 
 
 def _adam_elements(optimizer: Any) -> int:
@@ -85,6 +99,21 @@ class MasterCheck(trainer.TrainerCallback):
         self.difference = max(float((p - files.read(name)).abs().max()) for name, p in whole)
 
 
+def starts(world: World, job: Path, variants: list[list[str]]) -> list[tuple[float, list[Any]]]:
+    """Train with each list of overrides in turn: how far the masters were from the files at the
+    start, and the records."""
+    results = []
+    for number, overrides in enumerate(variants):
+        setup = Setup(world, job, *overrides, f"run.dir={job.parent}/start-{number}")
+        start, records = MasterCheck(setup), Records()
+        setup.trainer.add_callback(start)
+        setup.trainer.add_callback(records)
+        setup.trainer.train()
+        setup.close()
+        results.append((start.difference, records.records))
+    return results
+
+
 def sharding(world: World, job: Path, *overrides: str) -> dict[str, Any]:
     """Train two steps; report what this rank holds and in which dtypes it computed."""
     setup = Setup(world, job, *overrides)
@@ -92,13 +121,12 @@ def sharding(world: World, job: Path, *overrides: str) -> dict[str, Any]:
     setup.trainer.add_callback(start)
     seen: dict[str, set[str]] = {"hidden": set(), "weight": set()}
 
-    def watch(module: nn.Module, inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        seen["hidden"].add(str(hidden.dtype))
-        seen["weight"].add(str(module.self_attn.q_proj.weight.dtype))
+    def watch(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        seen["hidden"].add(str(output.dtype))
+        seen["weight"].add(str(module.weight.dtype))
 
     for layer in setup.model.model.layers:
-        layer.register_forward_hook(watch)
+        layer.mlp.down_proj.register_forward_hook(watch)
     setup.trainer.train()
     whole = local = 0
     kinds = set()
@@ -130,31 +158,198 @@ def sharding(world: World, job: Path, *overrides: str) -> dict[str, Any]:
     return result
 
 
-def released(world: World, job: Path, *overrides: str) -> dict[str, Any]:
-    """Count how often ZeRO-3 gathers, step by step."""
-    from deepspeed.runtime.zero.partitioned_param_coordinator import (
-        PartitionedParameterCoordinator,
-    )
+def _masters(setup: Setup) -> torch.Tensor:
+    """Every fp32 master whole, in one row; all ranks must call it."""
+    whole = trainer.full_parameters(setup.config)(setup.model)
+    return torch.cat([value.float().flatten() for _, value in whole])
 
+
+class StepLog(trainer.TrainerCallback):
+    """What every step did to masters, learning rate and loss scale."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.steps: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.masters = _masters(self.setup)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before, self.masters = self.masters, _masters(self.setup)
+        sft = self.setup.trainer
+        self.steps.append(
+            {
+                "moved": float((self.masters - before).norm()),
+                "scale": sft.loss_scale,
+                "overflows": sft.overflows,
+                "next_rate": sft.lr_scheduler.get_last_lr()[0],
+            }
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.steps[-1] |= {"grad_norm": logs.get("grad_norm"), "loss": logs["loss"]}
+
+
+INJECTED = 7
+
+
+def steps_taken(world: World, job: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train in fp16; what `StepLog` saw. Under FSDP2, one number of rank 1's part of the gradients
+    is made infinite in step INJECTED (from 0)."""
     setup = Setup(world, job, *overrides)
-    counts = {"gathered": 0, "released": 0}
-    gather = PartitionedParameterCoordinator._PartitionedParameterCoordinator__all_gather_params
-    release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__release_param
+    log = StepLog(setup)
+    setup.trainer.add_callback(log)
+    accelerator = setup.trainer.accelerator
+    backward = accelerator.backward
 
-    def counted_gather(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        counts["gathered"] += len(params)
-        return gather(self, params, *args, **kwargs)
+    def injecting(value: torch.Tensor) -> None:
+        backward(value)
+        gradient = next(setup.model.parameters()).grad
+        if isinstance(gradient, DTensor) and (world.rank, len(log.steps)) == (1, INJECTED):
+            gradient.to_local().view(-1)[0] = float("inf")
 
-    def counted_release(self: Any, *args: Any, **kwargs: Any) -> Any:
-        counts["released"] += 1
-        return release(self, *args, **kwargs)
-
-    name = "_PartitionedParameterCoordinator"
-    setattr(PartitionedParameterCoordinator, f"{name}__all_gather_params", counted_gather)
-    setattr(PartitionedParameterCoordinator, f"{name}__release_param", counted_release)
+    accelerator.backward = injecting
     setup.trainer.train()
     setup.close()
-    return counts | {"parameters": len(list(setup.model.parameters())), "steps": 2}
+    return log.steps
+
+
+class Gathers:
+    """Counts how often each parameter is gathered whole, by name, while it is entered."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.names = {id(p): name for name, p in setup.model.named_parameters()}
+        self.counts: Counter[str] = Counter()
+        self.released = 0
+        self.patches = self._zero3() if setup.config.engine.type == "zero3" else self._fsdp()
+
+    def _fsdp(self) -> list[Any]:
+        from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+        gather = _fsdp_param_group.foreach_all_gather
+
+        def counted(params: Any, *args: Any, **kwargs: Any) -> Any:
+            self.counts.update(self.names[id(p.sharded_param)] for p in params)
+            return gather(params, *args, **kwargs)
+
+        return [mock.patch.object(_fsdp_param_group, "foreach_all_gather", counted)]
+
+    def _zero3(self) -> list[Any]:
+        from deepspeed.runtime.zero.partitioned_param_coordinator import (
+            PartitionedParameterCoordinator as Coordinator,
+        )
+        from deepspeed.runtime.zero.partitioned_param_coordinator import ZeroParamStatus
+
+        names = [
+            f"_PartitionedParameterCoordinator__{n}" for n in ("all_gather_params", "release_param")
+        ]
+        gather, release = (getattr(Coordinator, name) for name in names)
+
+        def counted_gather(coordinator: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            absent = [p for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            self.counts.update(self.names[id(p)] for p in absent)
+            return gather(coordinator, params, *args, **kwargs)
+
+        def counted_release(*args: Any, **kwargs: Any) -> Any:
+            self.released += 1
+            return release(*args, **kwargs)
+
+        replacements = (counted_gather, counted_release)
+        return [
+            mock.patch.object(Coordinator, name, replacement)
+            for name, replacement in zip(names, replacements, strict=True)
+        ]
+
+    def __enter__(self) -> Gathers:
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+
+def released(world: World, job: Path, *overrides: str) -> dict[str, Any]:
+    """Count how often ZeRO-3 gathers, step by step."""
+    setup = Setup(world, job, *overrides)
+    with Gathers(setup) as gathers:
+        setup.trainer.train()
+    setup.close()
+    return {
+        "gathered": gathers.counts.total(),
+        "released": gathers.released,
+        "parameters": len(list(setup.model.parameters())),
+        "steps": 2,
+    }
+
+
+class Count(TorchDispatchMode):
+    """Counts the matrix products and attentions that are really computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in models.PRODUCTS:
+            self.counts["product"] += 1
+        elif func.name() in models.ATTENTION_OPERATORS:
+            self.counts["attention"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclasses.dataclass
+class Trained:
+    """What `trainings` saw.
+
+    Args:
+        records: (loss, gradient norm) of every step.
+        gathers: of each parameter, for a micro-batch of the last step.
+        products: matrix products of this rank in the last step.
+        micro_batches: of the last step.
+    """
+
+    records: list[tuple[float, float]]
+    gathers: dict[str, float]
+    products: int
+    micro_batches: int
+
+
+def trainings(world: World, runs: list[tuple[Path, list[str], int | None]]) -> list[Trained]:
+    """Train (job, overrides, products saved) one after the other, the loss in chunks of 64 rows."""
+    loss.CHUNK_BYTES["cpu"] = 1
+    results = []
+    for job, overrides, saved in runs:
+        setup = Setup(world, job, *overrides, saved_products=saved)
+        setup.trainer.remove_callback(trainer.Steering)
+        with Count() as computed, Gathers(setup) as gathers:
+            records = Records(gathers.counts.clear, computed.counts.clear)
+            setup.trainer.add_callback(records)
+            setup.trainer.train()
+        setup.close()
+        batches = len(setup.steps[len(setup.steps) - 1].micro_batches)
+        gathered = {name: count / batches for name, count in gathers.counts.items()}
+        products = computed.counts["product"]
+        results.append(Trained(records.records, gathered, products, batches))
+    return results
+
+
+class Records(trainer.TrainerCallback):
+    """(loss, gradient norm) of every step."""
+
+    def __init__(self, *at_step: Callable[[], None]) -> None:
+        self.records: list[tuple[float, float]] = []
+        self.at_step = at_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for call in self.at_step:
+            call()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.records.append((logs["loss"], logs["grad_norm"]))
 
 
 def peak_rss_mib(world: World, job: Path, *overrides: str) -> float:
@@ -172,12 +367,12 @@ def single(world: World, job: Path, *overrides: str) -> dict[str, Any]:
     difference = _packed_and_alone(setup)
     batch = setup.steps[0]
     assert len(batch.micro_batches) > 1
-    loss = setup.trainer.training_step(setup.model, batch)
+    value = setup.trainer.training_step(setup.model, batch)
     gradients = {n: p.grad.full_tensor().numpy() for n, p in setup.model.named_parameters()}
     samples = [setup.steps.cache[i] for i in batch.samples]
     return {
         "packed_and_alone": difference,
-        "loss": float(loss),
+        "loss": float(value),
         "gradients": gradients,
         "samples": [(s.input_ids.tolist(), s.labels.tolist()) for s in samples],
     }
@@ -222,3 +417,33 @@ def checkpoints(world: World, run: str) -> list[Any]:
     older, skipped = checkpoint.find(run_dir, world, engine="fsdp", data="d")
     assert older is not None
     return [found.step, sorted(manifest["files"]), older.step, skipped]
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    text = Path("/proc/self/status").read_text()
+    line = next(line for line in text.splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def measured_memory(world: World, job: Path, *overrides: str) -> dict[str, int]:
+    """Load and train two steps without saving; resident bytes at the peak of training above
+    those before loading, and the largest micro-batch of any rank."""
+    import deepspeed  # noqa: F401 (so that its code is counted before, too)
+
+    before = _status("VmRSS")
+    setup = Setup(world, job, *overrides)
+    setup.trainer.remove_callback(trainer.Steering)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    setup.trainer.train()
+    peak = _status("VmHWM") - before
+    batches = [setup.steps[step].micro_batches for step in range(2)]
+    mine = [
+        max(batch["input_ids"].shape[1] for step in batches for batch in step),
+        max(len(batch["targets"]) for step in batches for batch in step),
+        max(len(step) for step in batches),
+    ]
+    setup.close()
+    return {
+        "bytes": peak, "tokens": mine[0], "supervised": mine[1], "micro_batches": mine[2],
+    }  # fmt: skip

@@ -372,9 +372,9 @@ def test_a_plan_can_be_stored_as_json(data, facts, resolved):
 def test_a_plan_before_encoding_says_what_is_not_known_yet(resolved):
     """Nothing is guessed, and how to know it is said."""
     lines = show(resolved(world=8)).splitlines()
-    assert "model      bundled:smollm2-135m  (6,738.4 M parameters)" in lines
-    assert "engine     fsdp, 8 process(es) on 8 x NVIDIA A100-SXM4-80GB" in lines
-    assert "steps      known after encoding (sft-job data encode job.yaml)" in lines
+    assert "model        bundled:smollm2-135m  (6,738.4 M parameters)" in lines
+    assert "engine       fsdp, 8 process(es) on 8 x NVIDIA A100-SXM4-80GB" in lines
+    assert "steps        known after encoding (sft-job data encode job.yaml)" in lines
     assert not [line for line in lines if line.startswith(("tokens", "step ", "stop token"))]
     assert not [line for line in lines if "None" in line]
 
@@ -383,12 +383,12 @@ def test_a_plan_after_encoding_shows_the_arithmetic(resolved):
     """Samples, tokens, steps, warm-up, micro-batches, sizes, losses."""
     data = stats([100] * 300, conversations=310, lost={"overlong_dropped": 10, "duplicate": 0})
     lines = show(resolved(data=data)).splitlines()
-    assert "data       310 conversations -> 300 samples" in lines
-    assert "tokens     30,000 an epoch, 15,000 (50%) trained on, no padding" in lines
-    assert "stop token '</s>' after every answer; '<s>' at the beginning" in lines
-    assert "steps      9 of 128 conversations (3 an epoch), 1 of them warm-up" in lines
-    assert "step       1 micro-batch(es) on each of 1; predicted idle share 0.0%" in lines
-    assert "disk       75.31 GiB a checkpoint, 12.55 GiB the model" in lines
+    assert "data         310 conversations -> 300 samples" in lines
+    assert "tokens       30,000 an epoch, 15,000 (50%) trained on, no padding" in lines
+    assert "stop token   '</s>' after every answer; '<s>' at the beginning" in lines
+    assert "steps        9 of 128 conversations (3 an epoch), 1 of them warm-up" in lines
+    assert "step         1 micro-batch(es) on each of 1; predicted idle share 0.0%" in lines
+    assert "disk         75.31 GiB a checkpoint, 12.55 the model, 87.86 in all" in lines
     assert lines[-2:] == ["not trained on:", "        10  conversations dropped as overlong"]
 
 
@@ -672,7 +672,7 @@ def test_the_plan_of_a_prepared_job_knows_its_steps(job_file, prepared, monkeypa
     shown = json.loads(capsys.readouterr().out)
     assert (shown["steps"], shown["tokens"], shown["precision"]["value"]) == (3, 30, "fp32")
     plan.main([str(job_file), "train.global_batch_size=1"])
-    assert "steps      6 of 1 conversations (2 an epoch)" in capsys.readouterr().out
+    assert "steps        6 of 1 conversations (2 an epoch)" in capsys.readouterr().out
 
 
 def test_a_plan_may_be_made_for_another_number_of_processes(job_file, monkeypatch):
