@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sft_job.batching import Schedule, deal
+from sft_job.batching import Schedule, deal, idle_share
 from sft_job.config import JobConfig
 from sft_job.conversations import Exchange, Trainable, read_trainable
 from sft_job.encode import Encoder, Sample, TokenizerSpec, check_tokenizer, spec_of
@@ -270,13 +270,17 @@ class StepBatch:
 
     Args:
         micro_batches: as from `collate`; the same number on every rank.
-        tokens, supervised_tokens: of the whole step, over all ranks.
+        tokens, supervised_tokens: of the whole step, over all ranks; squares: the sum of its
+            squared sample lengths.
+        idle_share: see `batching.idle_share`.
         samples: indices of the step's samples in the cache, over all ranks.
     """
 
     micro_batches: list[dict[str, Any]]
     tokens: int
+    squares: int
     supervised_tokens: int
+    idle_share: float
     samples: list[int]
 
 
@@ -339,7 +343,9 @@ class Steps(torch.utils.data.Dataset[StepBatch]):
         return StepBatch(
             micro_batches=[collate(samples) for samples in mine or [[]]],
             tokens=sum(lengths),
+            squares=sum(len(sample.input_ids) ** 2 for sample in every),
             supervised_tokens=sum(int(sample.supervised.sum()) for sample in every),
+            idle_share=idle_share(dealt, lengths, self.attention_scale),
             samples=indices,
         )
 

@@ -2,8 +2,18 @@
 
     {"step": 12, "loss": 1.5, "learning_rate": 2e-05, "grad_norm": 0.8, "tokens": 9216, ...}
 
-tokens and supervised_tokens are those of the logged steps over all ranks; seconds_per_step
-is their mean; peak_memory_gib is of the rank that uses most.
+Figures are of the steps since the record before, over all ranks unless said otherwise:
+
+    tokens, supervised_tokens       in the steps; *_per_second over their wall time
+    seconds, seconds_per_step       wall time, and its mean
+    mfu                             needed operations (flops.needed) / (time x peak of all
+                                    devices); null on hardware whose peak is not known
+    idle_share                      of the ranks' time, spent waiting for the heaviest rank of each
+                                    micro-batch: by the tokens and the attention that each rank had
+    data_wait_share                 of the time, spent waiting for the next batch; of rank 0
+    peak_memory_gib                 so far, of the rank that uses most
+    goodput                         time of all steps that count / time since the first attempt
+                                    began: what was lost to starting, saving, stopping and redoing
 """
 
 from __future__ import annotations
@@ -12,12 +22,17 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sft_job.flops import Work
+from sft_job.rundir import append_line
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -27,32 +42,91 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
+@dataclass
 class Meter:
-    """Adds up what the steps between two records did."""
+    """Adds up what the steps between two records did.
 
-    def __init__(self) -> None:
-        self._reset()
+    Args:
+        operations: needed operations of some work (`flops.needed` for the model).
+        peak_flops: operations per second of all devices together; None where unknown.
+        useful_before: seconds of the steps of earlier attempts that still count.
+        began: when the first attempt began (seconds since the epoch).
+    """
 
-    def _reset(self) -> None:
-        self.tokens = self.supervised_tokens = self.steps = 0
+    operations: Callable[[Work], float]
+    peak_flops: float | None
+    useful_before: float
+    began: float
+
+    def __post_init__(self) -> None:
+        self._useful = self.useful_before
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew; the time so far belongs to no step."""
+        self._tokens = self._supervised = self._steps = 0
+        self._squares = self._idle = self._waited = 0.0
         self._since = time.perf_counter()
 
-    def add(self, tokens: int, supervised_tokens: int) -> None:
-        self.tokens += tokens
-        self.supervised_tokens += supervised_tokens
-        self.steps += 1
+    def add(self, tokens: int, squares: int, supervised: int, idle_share: float) -> None:
+        """One step: its tokens, sum of squared sample lengths, supervised tokens."""
+        self._tokens += tokens
+        self._squares += squares
+        self._supervised += supervised
+        self._idle += idle_share
+        self._steps += 1
 
-    def take(self) -> dict[str, float]:
+    def wait(self, seconds: float) -> None:
+        """Time that this rank waited for a batch."""
+        self._waited += seconds
+
+    def take(self) -> dict[str, float | None]:
         """The figures since the last call."""
         seconds = time.perf_counter() - self._since
-        figures = {
-            "tokens": self.tokens,
-            "supervised_tokens": self.supervised_tokens,
-            "tokens_per_second": round(self.tokens / seconds, 1),
-            "seconds_per_step": round(seconds / max(self.steps, 1), 4),
+        steps = max(self._steps, 1)
+        self._useful += seconds
+        mfu = None
+        if self.peak_flops is not None:
+            work = Work(self._tokens, self._squares, self._supervised)
+            mfu = round(self.operations(work) / (seconds * self.peak_flops), 4)
+        figures: dict[str, float | None] = {
+            "tokens": self._tokens,
+            "supervised_tokens": self._supervised,
+            "tokens_per_second": round(self._tokens / seconds, 1),
+            "supervised_tokens_per_second": round(self._supervised / seconds, 1),
+            "seconds": round(seconds, 4),
+            "seconds_per_step": round(seconds / steps, 4),
+            "mfu": mfu,
+            "idle_share": round(self._idle / steps, 4),
+            "data_wait_share": round(self._waited / seconds, 4),
+            "goodput": round(self._useful / max(time.time() - self.began, seconds), 4),
         }
-        self._reset()
+        self.reset()
         return figures
+
+
+def useful_seconds(records: Iterable[Mapping[str, Any]], done: int) -> float:
+    """Time of the steps that count: those up to `done`, each as it was done last.
+
+    Args:
+        records: of metrics.jsonl, in their order.
+        done: steps in the checkpoint that is resumed; later ones are done again.
+    """
+    latest = {record["step"]: record["seconds"] for record in records if record["step"] <= done}
+    return float(sum(latest.values()))
+
+
+def read_records(metrics_file: Path) -> list[dict[str, Any]]:
+    """All whole lines; an attempt that was killed may have left half a line."""
+    if not metrics_file.is_file():
+        return []
+    records = []
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
 
 
 class Reporter:
@@ -88,15 +162,19 @@ class Reporter:
             self._bar.add_task("", total=steps, completed=done, figures="")
             self._bar.start()
 
+    def append(self, file: Path, record: Mapping[str, Any]) -> None:
+        append_line(file, json.dumps(record))
+
     def record(self, record: dict[str, Any], steps: int) -> None:
-        with open(self._metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.append(self._metrics_file, record)
         norm = record["grad_norm"]
         figures = (
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
             f"grad_norm {f'{norm:.3f}' if norm is not None else 'overflow'}  "
             f"{record['tokens_per_second']:,.0f} tok/s"
         )
+        if record["mfu"] is not None:
+            figures += f"  MFU {record['mfu']:.0%}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=record["step"], figures=figures)
             return
@@ -118,6 +196,8 @@ class Silence(Reporter):
     def say(self, text: str) -> None: ...
 
     def start(self, done: int, steps: int) -> None: ...
+
+    def append(self, file: Path, record: Mapping[str, Any]) -> None: ...
 
     def record(self, record: dict[str, Any], steps: int) -> None: ...
 

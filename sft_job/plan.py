@@ -82,6 +82,8 @@ class Plan:
     mfu: float | None
     """Share of the peak that needed operations are taken to reach."""
     seconds_per_step: float | None
+    peak_flops: float | None
+    """Operations per second of all devices together, dense, in the plan's precision."""
     checkpoint_bytes: int | None
     model_bytes: int | None
     disk_bytes: int | None
@@ -140,6 +142,7 @@ def resolve(
     # weights, and the first and second moment of Adam, all fp32
     checkpoint_bytes = 12 * parameters if parameters else None
     model_bytes = BYTES[precision.value] * parameters if parameters else None
+    peak = hardware.peak_tflops(precision.value)
     short = found is not None and room is not None and found.memory.total > room
     return Plan(
         model=config.model.path,
@@ -180,6 +183,7 @@ def resolve(
         step_flops_executed=executed,
         mfu=used,
         seconds_per_step=seconds,
+        peak_flops=peak * 1e12 * world_size if peak is not None else None,
         checkpoint_bytes=checkpoint_bytes,
         model_bytes=model_bytes,
         disk_bytes=_disk(config, steps, checkpoint_bytes, model_bytes),

@@ -6,6 +6,7 @@ RUN_DIR/
   plan.json              the resolved plan
   logs/attempt-N/        one log per rank, rank-R.error when a rank failed
   metrics.jsonl          one line per logged step
+  attempts.jsonl         when each attempt began, and how long its start took, by part
   tensorboard/           with logging.report_to: [tensorboard]
   checkpoints/step-00000200/
   model/                 the exported model
@@ -47,6 +48,7 @@ class RunDir:
         self.job_file = self.path / "job.json"
         self.plan_file = self.path / "plan.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.attempts_file = self.path / "attempts.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.tensorboard = self.path / "tensorboard"
@@ -167,6 +169,14 @@ def write_atomically(path: Path, text: str) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; a half one that a killed process left is closed first."""
+    with open(path, "ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.write(line.encode() + b"\n")
 
 
 def _umask() -> int:

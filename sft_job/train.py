@@ -7,19 +7,22 @@ prepares the data, starts one worker per GPU and passes signals on. With them it
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from sft_job import cli, hardware, workers
+from sft_job import cli, flops, hardware, workers
+from sft_job.attention import Choice
 from sft_job.cli import StopRequest
 from sft_job.config import JobConfig, load
 from sft_job.errors import (
@@ -29,12 +32,12 @@ from sft_job.errors import (
     WorkerError,
 )
 from sft_job.plan import Plan, plan_of, processes, show
-from sft_job.prepared import Prepared, find_prepared
-from sft_job.rundir import RunDir, read_json, write_atomically
-from sft_job.workers import Place, Workers
+from sft_job.prepared import Prepared, find_prepared, read_facts
+from sft_job.rundir import RunDir, append_line, read_json, write_atomically
+from sft_job.workers import Phases, Place, Workers
 
 if TYPE_CHECKING:
-    from sft_job.metrics import Reporter
+    from sft_job.metrics import Meter, Reporter
     from sft_job.world import World
 
 
@@ -147,6 +150,8 @@ def refuse_small_disk(run_dir: RunDir, plan: Plan) -> None:
 
 def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     """One training process; returns 0 when the job is done or was stopped in good order."""
+    phases = Phases(workers.began())
+    phases.end("launch")
     stop = StopRequest()
     stop.listen()
     launched = workers.LAUNCHED in os.environ
@@ -160,7 +165,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     try:
         if not launched:
             _prepare_without_launcher(config, job, overrides, place, run_dir, stop)
-        train(config, run_dir, place, stop, attempt, launched=launched)
+        train(config, run_dir, place, stop, attempt, phases, launched=launched)
     except Interrupted:
         pass  # the marker is written; whoever started us turns it into 75
     except BaseException as error:
@@ -207,6 +212,7 @@ def train(
     place: Place,
     stop: StopRequest,
     attempt: int,
+    phases: Phases,
     *,
     launched: bool,
 ) -> None:
@@ -227,16 +233,20 @@ def train(
         terminal = take_terminal()
     world = worlds.join(place, machine)
     try:
+        phases.end("torch and process group")
         plan, prepared = plan_of(config, world.size)
         if prepared is None:
             raise WorkerError("the prepared data has vanished", where=str(config.cache_dir))
+        refuse_different_plans(world, config, plan)
         reporter = _reporter(world, run_dir, terminal, attempt, launched=launched)
         if world.is_main:
             write_atomically(run_dir.plan_file, _as_json(plan))
         reporter.say(show(plan))
         _stop_if_asked(world, stop, run_dir, "before the model was loaded")
         try:
-            _train_and_export(config, plan, prepared, world, run_dir, stop, reporter, attempt)
+            _train_and_export(
+                config, plan, prepared, world, run_dir, stop, reporter, attempt, phases
+            )
         finally:
             reporter.stop()
     finally:
@@ -253,6 +263,7 @@ def _train_and_export(
     stop: StopRequest,
     reporter: Reporter,
     attempt: int,
+    phases: Phases,
 ) -> None:
     if config.engine.type == "zero3":
         from sft_job import zero3 as engine_module
@@ -266,6 +277,7 @@ def _train_and_export(
     from sft_job.plan import schedule_of
     from sft_job.tokenizer import load_tokenizer
 
+    phases.end("imports")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -294,7 +306,9 @@ def _train_and_export(
         group=world.group,
     )
     engine = zero3 if config.engine.type == "zero3" else fsdp
+    phases.end("data")
     model = engine.load(folder, plan, world, trust_remote_code=trust)
+    phases.end("weights")
     sft = trainer.SftTrainer(
         model,
         arguments,
@@ -305,6 +319,8 @@ def _train_and_export(
         run_dir=run_dir,
         stop=stop,
         reporter=reporter,
+        meter=_meter(run_dir, plan, folder, found.step if found else 0, attempt, phases, world),
+        started=_started(run_dir, phases, reporter, attempt),
         attempt=attempt,
         prepared_model=folder,
     )
@@ -336,6 +352,76 @@ def _train_and_export(
     reporter.say(f"done: sft-job chat {run_dir.path}")
 
 
+def _started(
+    run_dir: RunDir, phases: Phases, reporter: Reporter, attempt: int
+) -> Callable[[str], None]:
+    """Takes the time of the parts of the start that the trainer sees; tells after the last."""
+
+    def started(phase: str) -> None:
+        if phase in phases.seconds:
+            return
+        phases.end(phase)
+        if phase == "first step":
+            reporter.say(f"started in {phases}")
+            reporter.append(run_dir.attempts_file, {"attempt": attempt, "start": phases.seconds})
+
+    return started
+
+
+def _meter(
+    run_dir: RunDir,
+    plan: Plan,
+    folder: Path,
+    done: int,
+    attempt: int,
+    phases: Phases,
+    world: World,
+) -> Meter:
+    """Counts from the first attempt on; this one is entered."""
+    from sft_job.metrics import Meter, read_records, useful_seconds
+
+    facts, entry = read_facts(folder), {"attempt": attempt, "began": phases.began}
+    if world.is_main:
+        append_line(run_dir.attempts_file, json.dumps(entry))
+    world.barrier()
+    attempts = read_records(run_dir.attempts_file)
+    return Meter(
+        operations=lambda work: flops.needed(facts, work),
+        peak_flops=plan.peak_flops,
+        useful_before=useful_seconds(read_records(run_dir.metrics_file), done),
+        began=min(entry["began"] for entry in attempts if "began" in entry),
+    )
+
+
+# What all ranks must have decided alike.
+DECIDED = (
+    "engine", "precision", "attention", "cross_entropy", "rope_factor", "micro_batch_tokens",
+    "activation_checkpointing", "saved_products", "steps",
+)  # fmt: skip
+
+
+def refuse_different_plans(world: World, config: JobConfig, plan: Plan) -> None:
+    """Ranks that do different things wait for each other for ever, or train something else.
+
+    Raises:
+        WorkerError: the first difference, with the machines: another package, GPU or job file.
+    """
+    mine = {"the job": config.model_dump_json()}
+    for name in DECIDED:
+        value = getattr(plan, name)
+        mine[name] = value.value if isinstance(value, Choice) else value
+    (host, first), *others = world.gather((socket.gethostname(), mine))
+    for rank, (other_host, other) in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise WorkerError(
+                    f"the ranks resolve the job differently: {name} is {value!r} on rank 0 "
+                    f"({host}) and {other[name]!r} on rank {rank} ({other_host})",
+                    remedy="use machines of one kind with the same installation, "
+                    "and leave the job file alone while it starts",
+                )
+
+
 def _stop_if_asked(world: World, stop: StopRequest, run_dir: RunDir, when: str) -> None:
     """Leave in good order if any rank was asked to stop."""
     if not world.any(bool(stop)):
@@ -360,8 +446,6 @@ def _reporter(
 
 
 def _as_json(plan: Plan) -> str:
-    import dataclasses
-
     return json.dumps(dataclasses.asdict(plan), indent=2) + "\n"
 
 

@@ -28,6 +28,7 @@ from sft_job.rundir import RunDir, read_json, write_atomically
 
 ATTEMPT = "SFT_JOB_ATTEMPT"
 LAUNCHED = "SFT_JOB_LAUNCHED"
+BEGAN = "SFT_JOB_BEGAN"
 
 # After one worker has failed, the others get so long to say why before they are killed.
 GRACE_S = 3.0
@@ -59,6 +60,37 @@ class Place:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def began() -> float:
+    """When the command was given, seconds since the epoch: this process, or its launcher, began."""
+    if BEGAN in os.environ:
+        return float(os.environ[BEGAN])
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Phases:
+    """How long each part of the start took, seconds."""
+
+    def __init__(self, began: float) -> None:
+        """
+        Args:
+            began: when the command was given, seconds since the epoch.
+        """
+        self._last = self.began = began
+        self.seconds: dict[str, float] = {}
+
+    def end(self, phase: str) -> None:
+        """The part of this name ends now."""
+        now = time.time()
+        self.seconds[phase] = round(now - self._last, 3)
+        self._last = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s to the end of the first step: {parts}"
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:
@@ -153,7 +185,7 @@ class Workers:
             for rank in range(self.count):
                 place = Place(rank, rank, self.count, self.count, "127.0.0.1", port)
                 threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.count)), **MALLOC}
-                own = {ATTEMPT: str(self.attempt), LAUNCHED: str(os.getpid())}
+                own = {ATTEMPT: str(self.attempt), LAUNCHED: str(os.getpid()), BEGAN: str(began())}
                 environment = threads | dict(os.environ) | place.environment() | own
                 with open(self.run_dir.log(self.attempt, rank), "ab") as log:
                     self._processes.append(

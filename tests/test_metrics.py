@@ -1,0 +1,162 @@
+"""What a record says: rates, utilisation, waiting, and what restarts have cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from sft_job import workers
+from sft_job.flops import Work
+from sft_job.metrics import Meter, read_records, useful_seconds
+from sft_job.rundir import append_line
+from sft_job.workers import Phases
+from tests import ranks
+from tests.runs import make_conversations, make_job, make_model, on_ranks, run_job
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "time", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def operations(work: Work) -> float:
+    return 10 * work.tokens + work.squares + 100 * work.supervised
+
+
+def test_a_record_is_of_the_steps_since_the_last_one(clock: Clock) -> None:
+    """Sums, rates over wall time, shares, and nothing carried over."""
+    meter = Meter(operations, peak_flops=1000.0, useful_before=0.0, began=1000.0)
+    meter.add(60, 200, 5, idle_share=0.1)
+    meter.add(40, 100, 15, idle_share=0.3)
+    meter.wait(1.0)
+    clock.now += 4
+    figures = meter.take()
+    assert figures == {
+        "tokens": 100,
+        "supervised_tokens": 20,
+        "tokens_per_second": 25.0,
+        "supervised_tokens_per_second": 5.0,
+        "seconds": 4.0,
+        "seconds_per_step": 2.0,
+        "mfu": (1000 + 300 + 2000) / (4 * 1000),
+        "idle_share": pytest.approx(0.2),
+        "data_wait_share": 0.25,
+        "goodput": 1.0,
+    }
+    clock.now += 2
+    assert meter.take()["tokens"] == 0
+
+
+def test_unknown_hardware_has_no_utilisation(clock: Clock) -> None:
+    """null, never somebody else's peak."""
+    meter = Meter(operations, peak_flops=None, useful_before=0.0, began=1000.0)
+    meter.add(60, 200, 5, 0.0)
+    clock.now += 1
+    assert meter.take()["mfu"] is None
+
+
+def test_goodput_counts_starts_and_lost_steps_over_all_attempts(clock: Clock) -> None:
+    """30 s of an earlier attempt still count; since the first began, 200 s have passed."""
+    meter = Meter(operations, None, useful_before=30.0, began=clock.now - 180)
+    meter.reset()
+    meter.add(1, 1, 1, 0.0)
+    clock.now += 20
+    assert meter.take()["goodput"] == pytest.approx(50 / 200)
+    clock.now += 100  # saving, say, and a reset after it
+    meter.reset()
+    meter.add(1, 1, 1, 0.0)
+    clock.now += 100
+    assert meter.take()["goodput"] == pytest.approx(150 / 400)
+
+
+def test_steps_that_are_done_again_count_once() -> None:
+    """Steps after the checkpoint are lost; a repeated step counts as it was done last."""
+    records = [
+        {"step": 2, "seconds": 10.0},
+        {"step": 4, "seconds": 11.0},
+        {"step": 6, "seconds": 12.0},  # the checkpoint was of step 4
+        {"step": 6, "seconds": 5.0},
+        {"step": 8, "seconds": 6.0},
+    ]
+    assert useful_seconds(records, 4) == 21.0
+    assert useful_seconds(records, 8) == 10 + 11 + 5 + 6
+    assert useful_seconds(records, 0) == 0.0
+    assert useful_seconds([], 10) == 0.0
+
+
+def test_a_killed_attempt_may_leave_half_a_line(tmp_path: Path) -> None:
+    """It is passed over, and the next line does not continue it."""
+    file = tmp_path / "metrics.jsonl"
+    assert read_records(file) == []
+    append_line(file, json.dumps({"step": 1}))
+    with open(file, "a") as half:
+        half.write('{"step": 2, "lo')
+    append_line(file, json.dumps({"step": 3}))
+    append_line(file, json.dumps({"step": 4}))
+    assert read_records(file) == [{"step": 1}, {"step": 3}, {"step": 4}]
+
+
+def test_phases_add_up(clock: Clock) -> None:
+    """From the command on, each part ends where the next begins."""
+    phases = Phases(clock.now)
+    for name, seconds in (("launch", 1.5), ("imports", 2.0)):
+        clock.now += seconds
+        phases.end(name)
+    assert phases.seconds == {"launch": 1.5, "imports": 2.0}
+    assert str(phases) == "3.5 s to the end of the first step: launch 1.5, imports 2.0"
+
+
+def test_the_command_began_when_its_process_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the resolution of the kernel's clock; a worker takes its launcher's word."""
+    monkeypatch.delenv(workers.BEGAN, raising=False)
+    began = workers.began()
+    assert time.time() - began > 0
+    assert abs(workers.began() - began) < 0.1
+    monkeypatch.setenv(workers.BEGAN, "123.5")
+    assert workers.began() == 123.5
+
+
+def test_records_and_attempts_of_a_real_run(tmp_path: Path) -> None:
+    """All figures are there; a second attempt counts the time of the first."""
+    model = make_model(tmp_path / "model")
+    data = make_conversations(tmp_path / "data.json", 32)
+    job = make_job(tmp_path, model, data, train__max_steps=2)
+    run = run_job(job)
+    records = read_records(run.metrics_file)
+    assert [record["step"] for record in records] == [1, 2]
+    for record in records:
+        assert record["mfu"] is None
+        assert 0 < record["goodput"] < 1
+        assert 0 <= record["data_wait_share"] < 1
+        assert record["supervised_tokens_per_second"] < record["tokens_per_second"]
+    begun, started = read_records(run.attempts_file)
+    assert begun.keys() == {"attempt", "began"}
+    assert list(started["start"]) == [
+        "launch", "torch and process group", "imports", "data", "weights", "engine", "self-test",
+        "first step",
+    ]  # fmt: skip
+
+
+def test_ranks_that_resolve_the_job_differently_are_refused(tmp_path: Path) -> None:
+    """The first difference, where it is, and what to do; the same job is let through."""
+    model = make_model(tmp_path / "model")
+    data = make_conversations(tmp_path / "data.json", 8)
+    job = make_job(tmp_path, model, data)
+    same, different, other_job = on_ranks(ranks.agreement, 2, job)[0]
+    assert same is None
+    assert different.startswith("the ranks resolve the job differently: attention is 'sdpa' on ")
+    assert "and 'torch_varlen' on rank 1 (" in different
+    assert "leave the job file alone while it starts" in different
+    assert "the job is " in other_job
