@@ -190,7 +190,8 @@ def _rank(
     except Exception as error:
         # Whatever it is: the table says it in the place of this combination's figures.
         traceback.print_exc()
-        answers.put(([], f"rank {rank}: {str(error).splitlines()[0] if str(error) else error!r}"))
+        words = str(error).splitlines()[0] if str(error) else type(error).__name__
+        answers.put(([], f"rank {rank}: {words}"))
         answers.close()
         answers.join_thread()  # it is on its way before the process ends
         os._exit(1)  # the other ranks may wait in a collective
