@@ -20,7 +20,12 @@ import safetensors
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,6 +88,9 @@ def prepare_folder(model: job.Model, cache: CacheDir, *, online: bool) -> Path:
     with publish_dir(target) as beside:
         if weights:
             for file in files:
+                # Written anew below: through a link that would be the user's own file.
+                if file.name.startswith(("tokenizer", "special_tokens", "added_tokens")):
+                    continue
                 if file.suffix in (".safetensors", ".json", ".py", ".jinja"):
                     (beside / file.name).symlink_to(file.resolve())
         else:
@@ -248,15 +256,16 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, list[int]] = {}
-        self._files: dict[str, Path] = {}
+        # Opening a file anew for each of its tensors would read its header as often.
+        self._files: dict[str, Any] = {}
         for file in weight_files(folder):
             try:
-                with safetensors.safe_open(file, "pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                        self._files[name] = file
-                        piece = handle.get_slice(name)
-                        self.shapes[name] = piece.get_shape()
-                        self._refuse_quantised(file, name, piece.get_dtype())
+                handle = safetensors.safe_open(file, "pt")
+                for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                    self._files[name] = handle
+                    piece = handle.get_slice(name)
+                    self.shapes[name] = piece.get_shape()
+                    self._refuse_quantised(file, name, piece.get_dtype())
             except (OSError, safetensors.SafetensorError) as error:
                 raise ModelError(
                     f"the weights cannot be read: {error}",
@@ -276,10 +285,10 @@ class WeightFiles:
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a tensor along its first dimension, in the file's dtype."""
-        with safetensors.safe_open(self._files[name], "pt") as handle:
-            if not self.shapes[name]:
-                return handle.get_tensor(name)
-            return handle.get_slice(name)[rows]
+        handle = self._files[name]
+        if not self.shapes[name]:
+            return handle.get_tensor(name)
+        return handle.get_slice(name)[rows]
 
 
 def build(folder: Path, plan: Plan, *, trust_remote_code: bool, meta: bool) -> PreTrainedModel:
@@ -318,7 +327,13 @@ def make_trainable(model: PreTrainedModel, plan: Plan) -> None:
         )
     head.__class__ = LossHead  # the same parameter under the same name, tied or not
     head.cross_entropy_sum = loss.FUNCTIONS[plan.cross_entropy.value]
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = getattr(model, model.base_model_prefix or "model", None)
+    if decoder is None:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder named {model.base_model_prefix!r} "
+            "(base_model_prefix)",
+            remedy="this architecture is not supported",
+        )
     own = model.forward
     inputs_of = _packed_inputs if KERNELS[plan.attention.value].packs else _single_inputs
 
@@ -333,8 +348,8 @@ def make_trainable(model: PreTrainedModel, plan: Plan) -> None:
         """Arguments as from `dataset.collate`."""
         inputs = inputs_of(**row)
         if own_forward:
-            return {"logits": own(use_cache=False, **inputs).logits}
-        hidden = decoder(use_cache=False, **inputs)[0][0]
+            return {"logits": own(**inputs).logits}
+        hidden = decoder(**inputs)[0][0]
         # By index: a mask would ask the device how many there are.
         return {"loss": head(hidden.index_select(0, supervised), targets)}
 
@@ -350,7 +365,12 @@ def _packed_inputs(
     seq_lens: list[int],
 ) -> dict[str, Any]:
     packed = varlen.Packed(seq_lens, cu_seqlens, max(seq_lens))
-    return {"input_ids": input_ids, "position_ids": position_ids, "packed": packed}
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "packed": packed,
+        "use_cache": False,
+    }
 
 
 def _single_inputs(
@@ -358,11 +378,13 @@ def _single_inputs(
 ) -> dict[str, Any]:
     if len(seq_lens) != 1:
         raise ValueError(f"expected one sample, not {len(seq_lens)}: this model cannot pack")
+    # Nothing else: code that a model brings may not know more.
     return {"input_ids": input_ids}
 
 
-# What selective activation checkpointing keeps besides matrix products: operators whose first
+# What selective activation checkpointing keeps: matrix products, and operators whose first
 # output is attention's result.
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 ATTENTION_OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
@@ -388,7 +410,10 @@ def recompute(model: PreTrainedModel, plan: Plan) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if plan.activation_checkpointing.value == "selective":
         options["context_fn"] = functools.partial(_selective, plan.saved_products or 0)
-    model.activation_checkpointing_enable(options)
+    for layer in decoder_layers(model):
+        # Not the call but what it calls: the engines' hooks, which gather weights, stay outside.
+        # And not by transformers' way: models with code of their own may not know it.
+        layer.forward = functools.partial(checkpoint, layer.forward, **options)
 
 
 def _selective(saved_products: int) -> tuple[Any, Any]:
@@ -400,15 +425,29 @@ def _selective(saved_products: int) -> tuple[Any, Any]:
     seen = {False: 0, True: 0}
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator is torch.ops.aten.mm.default or operator is torch.ops.aten.addmm.default:
+        save = True
+        if operator in PRODUCTS:
             seen[context.is_recompute] += 1
             save = seen[context.is_recompute] <= saved_products
-        else:
-            save = operator.name().partition(".")[0] in ATTENTION_OPERATORS
         return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
-    return contexts
+    keep, recall = create_selective_checkpoint_contexts(policy)
+    return _OnlyCostly(keep), _OnlyCostly(recall)
+
+
+class _OnlyCostly(TorchDispatchMode):
+    """Hands matrix products and attention to a mode of torch's. That one wants to see the same
+    operators in the recomputation as before, and DeepSpeed gathers weights in the midst of them,
+    if they are not there yet."""
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS or func.name().partition(".")[0] in ATTENTION_OPERATORS:
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

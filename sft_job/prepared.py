@@ -21,7 +21,7 @@ from sft_job.errors import ModelError
 from sft_job.rundir import CacheDir, read_json
 
 # Raised whenever encoding or conversion changes what it writes: older caches are made anew.
-PREPARED_VERSION = 1
+PREPARED_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def convert_sentencepiece(source: Path, target: Path) -> None:
     def order(merge: list[str]) -> tuple[float, int, int]:
         left, right = merge
         score = pieces.get_score(vocabulary[left + right])
-        return -score, vocabulary[left], vocabulary[right]
+        # Pieces of one score, such as runs of spaces, are put together from the left.
+        return -score, -len(left), -len(right)
 
     backend["model"]["merges"].sort(key=order)
     if config.get("legacy", True):

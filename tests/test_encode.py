@@ -106,6 +106,20 @@ def test_converted_tokenizer_is_compared_with_sentencepiece(llama, tmp_path: Pat
     check_converted(Path(llama.name_or_path), [conversation("x", "def f():\n    return 1")])
 
 
+def test_runs_of_equal_characters_are_cut_as_sentencepiece_cuts_them(llama) -> None:
+    """Pieces that are made in several ways, of one score: spaces, rules, digits, of any length."""
+    import sentencepiece
+
+    folder = Path(llama.name_or_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for character in " \t\n=-#*.0aо":
+        for count in range(1, 80):
+            text = f"x{character * count}y {character * count}"
+            assert llama(text, add_special_tokens=False).input_ids == pieces.encode(text), (
+                character, count,
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("which", ["llama", "small"])
 def test_control_tokens_typed_in_text_stay_text(which: str, request) -> None:
     """`</s>` and `<s>` in a turn never become control tokens, in question or answer."""
@@ -313,10 +327,16 @@ def test_model_folder_with_bare_tokenizer_model_is_converted_once(tmp_path: Path
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (source / file).unlink(missing_ok=True)
     shutil.copyfile(Path(llama.name_or_path) / "tokenizer.model", source / "tokenizer.model")
+    own = {"tokenizer_config.json": '{"legacy": true, "add_bos_token": true}\n',
+           "special_tokens_map.json": '{"bos_token": "<s>"}\n'}  # fmt: skip
+    for name, text in own.items():
+        (source / name).write_text(text)
     cache = CacheDir(tmp_path / "cache")
     asked = config.Model(path=str(source))
     folder = model.prepare_folder(asked, cache, online=False)
     assert (folder / "model.safetensors").is_symlink()
+    for name, text in own.items():
+        assert (source / name).read_text() == text, f"the user's {name} was written over"
     assert load_tokenizer(folder)("Hi").input_ids == llama("Hi").input_ids
     assert load_tokenizer(folder).pad_token == "<unk>"
     assert model.prepare_folder(asked, cache, online=False) == folder
