@@ -13,17 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# fp32 logits that exist at a time, bytes. Every chunk reads and writes the head's whole fp32
-# gradient, which larger chunks spread over more rows (measured on a CPU with vocabularies of
-# 32,000 to 128,256: 2^25 takes a fifth to a half longer than 2^27, 2^28 is no faster).
-CHUNK_BYTES = {"cuda": 2**28, "cpu": 2**27, "meta": 2**28}
+from sft_job.memory import chunk_rows
 
 CrossEntropySum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows of logits in a chunk: a multiple of 64, the least such at least."""
-    return max(CHUNK_BYTES[device] // (4 * vocabulary) // 64, 1) * 64
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -41,25 +33,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
-        rows = chunk_rows(weight.shape[0], hidden.device.type)
-        for h, t, out in zip(
-            hidden.split(rows),
-            targets.split(rows),
-            (hidden if grad_hidden is None else grad_hidden).split(rows),
-            strict=True,
-        ):
-            logits = _product_fp32(h, weight.t())
+        rows = min(chunk_rows(weight.shape[0], hidden.device.type), len(hidden))
+        # One piece of memory for all chunks: the next one's must not wait for the last one's.
+        memory = hidden.new_empty((rows, weight.shape[0]), dtype=torch.float32)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            h, t = hidden[part], targets[part]
+            logits = _product_fp32(h, weight.t(), memory[: len(h)])
             top = logits.amax(-1, keepdim=True)
             total -= logits.gather(1, t[:, None]).sum()
             exponents = logits.sub_(top).exp_()  # in place: logits are needed no more
             sums = exponents.sum(-1, keepdim=True)
             total += (sums.log() + top).sum()
-            if grad_weight is not None:
+            if grad_hidden is not None and grad_weight is not None:
                 grad = exponents.div_(sums)
                 grad.scatter_add_(1, t[:, None], grad.new_full((len(t), 1), -1.0))
                 narrow = grad.to(h.dtype)
-                torch.mm(narrow, weight, out=out)
+                torch.mm(narrow, weight, out=grad_hidden[part])
                 _add_product(grad_weight, narrow.t(), h)
+                del narrow
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return total
@@ -71,12 +63,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.dtype), None
 
 
-def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` in fp32; on a GPU straight out of the tensor cores' fp32 sums."""
-    if a.is_cuda and a.dtype != torch.float32:
-        product: torch.Tensor = torch.mm(a, b, out_dtype=torch.float32)
+def _product_fp32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`a @ b` into `out`, fp32; on a GPU straight out of the tensor cores' fp32 sums."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        product: torch.Tensor = torch.mm(a, b, out_dtype=torch.float32, out=out)
         return product
-    return (a @ b).float()
+    return out.copy_(a @ b)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -116,11 +110,11 @@ FUNCTIONS: dict[str, CrossEntropySum] = {"torch": chunked, "liger": liger}
 
 class LossScale:
     """Dynamic loss scaling of fp16, the same under both engines: halved at every overflow,
-    doubled after `window` steps without one."""
+    doubled after `window` steps without one. An overflow at `least` ends the training."""
 
     initial = 2.0**16
     window = 1000
-    least = 1.0
+    least = 2.0
 
 
 class LossHead(nn.Linear):
@@ -133,5 +127,6 @@ class LossHead(nn.Linear):
             return F.linear(hidden, self.weight)
         if targets.numel() == 0:
             # Part of the graph all the same: the engines wait for every parameter's gradient.
-            return (hidden.sum() + self.weight.sum()).float() * 0.0
+            # Of no rows, because the sum of all would overflow in fp16.
+            return (hidden.sum() + self.weight[:0].sum()).float()
         return self.cross_entropy_sum(hidden, self.weight, targets)

@@ -9,8 +9,8 @@ attends causally inside each sample only:
     max_seqlen   4                      Python int
 
 Nothing is ever masked by a dense [T, T] tensor. Kernels are registered with transformers'
-AttentionInterface; each has a registered mask function too, because a name without one gets
-no mask and no warning.
+AttentionInterface, and on purpose without a mask function: a name that has none gets no mask.
+With one, transformers would ask the device in every forward pass where samples begin.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from sft_job.attention import KERNELS
 from sft_job.errors import ModelError
 
-PREFIX = "sft_job_"
+# One name whatever the kernel: transformers looks for "flash", "flex" and "sdpa" inside a name,
+# and then loads and checks kernels of its own.
+NAME = "sft_job_packed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,15 +267,9 @@ def _refuse_what_no_kernel_does(kwargs: dict[str, Any], packed: Packed) -> None:
         )
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The kernels know the samples from their lengths."""
-
-
 def register(kernel: str) -> str | None:
-    """Make a kernel known to transformers; returns its name there, None for the model's own."""
+    """Make a kernel ours in transformers; returns its name there, None for the model's own."""
     if not KERNELS[kernel].packs:
         return None
-    name = PREFIX + kernel
-    AttentionInterface.register(name, attention_function(FUNCTIONS[kernel]()))
-    AttentionMaskInterface.register(name, _no_mask)
-    return name
+    AttentionInterface.register(NAME, attention_function(FUNCTIONS[kernel]()))
+    return NAME

@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_job import loss
+from sft_job import loss, memory
 from tests.runs import ROOT
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """64 rows a chunk, whatever the vocabulary."""
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 1)
-    return loss.chunk_rows(57, "cpu")
+    monkeypatch.setitem(memory.CHUNK_BYTES, "cpu", 1)
+    return memory.chunk_rows(57, "cpu")
 
 
 @pytest.mark.parametrize("rows", [1, 64, 2 * 64 + 3])
@@ -93,9 +93,9 @@ def test_logits_exist_only_chunk_by_chunk(
     sizes: list[int] = []
     product = loss._product_fp32
 
-    def watched(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        sizes.append(inputs.shape[0])
-        return product(inputs, weight)
+    def watched(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        sizes.append(out.shape[0])
+        return product(a, b, out)
 
     monkeypatch.setattr(loss, "_product_fp32", watched)
     hidden = torch.randn(1000, 8, requires_grad=True)
@@ -107,13 +107,13 @@ def test_logits_exist_only_chunk_by_chunk(
 
 def test_chunks_fit_their_budget() -> None:
     """Rows are multiples of 64, as many as the budget holds, at least 64."""
-    for device, budget in loss.CHUNK_BYTES.items():
+    for device, budget in memory.CHUNK_BYTES.items():
         for vocabulary in (503, 32_000, 128_256):
-            rows = loss.chunk_rows(vocabulary, device)
+            rows = memory.chunk_rows(vocabulary, device)
             assert rows % 64 == 0
             assert rows * vocabulary * 4 <= budget
             assert (rows + 64) * vocabulary * 4 > budget
-    assert loss.chunk_rows(10**9, "cuda") == 64
+    assert memory.chunk_rows(10**9, "cuda") == 64
 
 
 def test_without_gradients_none_are_made() -> None:
@@ -128,7 +128,7 @@ def test_without_gradients_none_are_made() -> None:
 LIGER = """
 import torch
 import torch.nn.functional as F
-from sft_job import loss
+from sft_job import loss, memory
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
     hidden, weight = torch.randn(70, 32).to(dtype), torch.randn(97, 32).to(dtype)
