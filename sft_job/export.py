@@ -67,6 +67,9 @@ def write(
     if writer is not None:
         writer.close()
         _write_settings(beside, source, model, tokenizer, encoder, dtype)
+        if trust_remote_code:  # config.json names the model's own code
+            for file in source.glob("*.py"):
+                shutil.copyfile(file, beside / file.name)
         _verify(beside, digests, tokenizer, encoder, trust_remote_code)
         if folder.exists():  # an export that was stopped before the run was marked done
             shutil.rmtree(folder)

@@ -55,6 +55,7 @@ def shard(model: PreTrainedModel, plan: Plan, world: World) -> None:
         # Units of their own: neither has to be there while the layers run. The head is needed
         # again as soon as the backward pass begins.
         fully_shard(table, **options)
+        table.set_unshard_in_backward(False)  # a look-up's gradient does not need the table
         fully_shard(head, reshard_after_forward=False, **options)
     fully_shard(model, **options)
     sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]

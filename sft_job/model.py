@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import set_zero3_state
 
 from sft_job import config as job
 from sft_job import loss, varlen
@@ -295,8 +296,7 @@ def build(folder: Path, plan: Plan, *, trust_remote_code: bool, meta: bool) -> P
     """The model without weights, ready to be sharded and filled.
 
     Args:
-        meta: parameters on the meta device (FSDP2). Otherwise they are made where an active
-            `deepspeed.zero.Init` puts them. Buffers are always real.
+        meta: parameters on the meta device, otherwise real. Buffers are always real.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.use_cache = False
@@ -305,6 +305,9 @@ def build(folder: Path, plan: Plan, *, trust_remote_code: bool, meta: bool) -> P
         config.rope_parameters = parameters | {"rope_type": "linear", "factor": plan.rope_factor}
     with ExitStack() as stack:
         stack.enter_context(no_init_weights())
+        # Else, in its ZeRO-3 mode, transformers makes every parameter whole on every rank, and
+        # then gathers each again to give it random values.
+        stack.enter_context(set_zero3_state())
         if meta:
             stack.enter_context(init_empty_weights(include_buffers=False))
         model: PreTrainedModel = AutoModelForCausalLM.from_config(

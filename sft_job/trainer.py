@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,16 +129,21 @@ class SftTrainer(Trainer):
         run_dir: RunDir,
         stop: StopRequest,
         reporter: Reporter,
+        meter: Meter,
+        started: Callable[[str], None],
         attempt: int,
         prepared_model: Path,
     ) -> None:
+        """
+        Args:
+            started: called with the name of each part of the start when it has ended.
+        """
         self.config, self.plan, self.steps, self.world = config, plan, steps, world
         self.run_dir, self.stop, self.reporter = run_dir, stop, reporter
         self.attempt, self.prepared_model = attempt, prepared_model
-        self.meter = Meter()
+        self.meter, self.started = meter, started
         self.peak_gib = 0.0
         self.last_saved: int | None = None
-        self.overflows = 0
         self._samples: list[int] = []
         self._said_lost = 0
         super().__init__(
@@ -153,13 +159,18 @@ class SftTrainer(Trainer):
     def _is_zero3(self) -> bool:
         return self.config.engine.type == "zero3"
 
+    @property
+    def _offloads(self) -> bool:
+        return isinstance(self.config.engine, Zero3) and self.config.engine.offload == "cpu"
+
     def _offloaded_optimizer(self, args: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
         """DeepSpeed's CPU Adam where the optimizer is offloaded, else None: the Trainer's own."""
-        if not isinstance(self.config.engine, Zero3) or self.config.engine.offload == "none":
+        if not self._offloads:
             return None
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam, {
+        self.reporter.say(
+            "loading DeepSpeed's CPU Adam; the first use on a machine compiles it, a minute or so"
+        )
+        return zero3.cpu_adam(), {
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
@@ -169,12 +180,23 @@ class SftTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Under FSDP2 the loss scaler is ours: accelerate's comes with autocast."""
         super().create_accelerator_and_postprocess()
-        if self._scales_loss and not self._is_zero3:
+        if self._is_zero3:
+            return
+        # Nothing wraps this model; accelerate imports DeepSpeed to find that out, 0.6 s.
+        self.accelerator.unwrap_model = lambda model, *args, **kwargs: model
+        if self._scales_loss:
             self.accelerator.scaler = torch.amp.GradScaler(
                 self.args.device.type,
                 init_scale=loss.LossScale.initial,
                 growth_interval=loss.LossScale.window,
             )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """A fused optimizer would leave out an overflowed step inside its kernel: accelerate and
+        with it the learning rate's schedule would take the step for done."""
+        optimizer = super().create_optimizer(model)
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
 
     @property
     def _scales_loss(self) -> bool:
@@ -186,6 +208,11 @@ class SftTrainer(Trainer):
         if self._is_zero3:
             return float(self.model_wrapped.optimizer.cur_scale)
         return float(self.accelerator.scaler.get_scale())
+
+    @property
+    def overflows(self) -> int:
+        """Steps that were left out so far; the schedule goes on only at those that were not."""
+        return int(self.state.global_step - self.lr_scheduler.last_epoch)
 
     # --- data ------------------------------------------------------------------------
 
@@ -200,7 +227,10 @@ class SftTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
         """The step carries its own number of supervised tokens; nothing has to be counted."""
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        asked = time.perf_counter()
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self.meter.wait(time.perf_counter() - asked)
+        return batches, None
 
     def floating_point_ops(self, inputs: Any) -> int:
         """The Trainer estimates 6 x parameters x tokens of padded batches; not used."""
@@ -237,14 +267,11 @@ class SftTrainer(Trainer):
             # DeepSpeed reads from this flag whether to step.
             self.accelerator.gradient_state._set_sync_gradients(index == last)
             self.accelerator.backward(loss_sum * (self.world.size / count))
-        self.meter.add(inputs.tokens, inputs.supervised_tokens)
-        return torch.tensor(step_loss, device=self.args.device)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Gradients are clipped at their true size."""
         if self._scales_loss and not self._is_zero3:
+            # Clipped and recorded at their true size.
             self.accelerator.scaler.unscale_(_bare(self.optimizer))
-        return super()._clip_grad_norm(model)
+        self.meter.add(inputs.tokens, inputs.squares, inputs.supervised_tokens, inputs.idle_share)
+        return torch.tensor(step_loss, device=self.args.device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The global norm as a number; FSDP2's is a DTensor that knows only its shard."""
@@ -252,41 +279,41 @@ class SftTrainer(Trainer):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         value = float(norm)
-        if not self._scales_loss:  # else the scaler finds out by itself, skips the step, halves
+        if not self._scales_loss:  # else the step is left out and the scale halved
             self._refuse_non_finite("gradient norm", value)
         return value
 
-    def count_overflow(self) -> None:
-        """Called after every step in fp16: the optimizer has left out one that overflowed.
+    def refuse_lasting_overflow(self) -> None:
+        """Called after every step in fp16: one that overflowed has halved the scale.
 
         Raises:
             TrainingError: it overflowed at the least scale, so that no scale will do.
         """
-        if not self.accelerator.optimizer_step_was_skipped:
-            return
-        self.overflows += 1
-        if self.loss_scale > loss.LossScale.least:
-            return
-        names = self.steps.cache.sources(self._samples)
-        raise TrainingError(
-            f"fp16 overflows at step {self.state.global_step} even at a loss scale of "
-            f"{loss.LossScale.least:g}. Its conversations:\n  " + "\n  ".join(names[:20]),
-            where=str(self.run_dir.path),
-            remedy="the model's activations do not fit fp16, as happens to models trained in "
-            "bf16: lower train.learning_rate, or train on GPUs that have bf16",
-        )
+        if self.loss_scale < loss.LossScale.least:
+            raise self._failure(
+                f"fp16 overflows at step {self.state.global_step} even at a loss scale of "
+                f"{loss.LossScale.least:g}"
+            )
 
     def _refuse_non_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        step = self.state.global_step + 1
+        if not math.isfinite(value):
+            step = self.state.global_step + 1
+            raise self._failure(
+                f"the {what} of step {step} is {value}; the step was not taken further"
+            )
+
+    def _failure(self, what: str) -> TrainingError:
         names = self.steps.cache.sources(self._samples)
         saved = f"the checkpoint of step {self.last_saved} is" if self.last_saved else "none is"
-        raise TrainingError(
-            f"the {what} of step {step} is {value}; the step was not taken further. "
-            f"Its conversations:\n  " + "\n  ".join(names[:20]),
+        unfit = (
+            "the model may not fit fp16, as happens to models trained in bf16: use GPUs that have "
+            "bf16, or train.precision=fp32; else "
+        )
+        return TrainingError(
+            f"{what}. Its conversations:\n  " + "\n  ".join(names[:20]),
             where=str(self.run_dir.path),
-            remedy=f"look at these conversations, or lower the learning rate; {saved} good",
+            remedy=(unfit if self._scales_loss else "")
+            + f"look at these conversations, or lower train.learning_rate; {saved} good",
         )
 
     # --- saving and resuming ---------------------------------------------------------
@@ -301,9 +328,8 @@ class SftTrainer(Trainer):
             else:
                 fsdp.save(self.model, _bare(self.optimizer), folder)
             self._save_rng_state(str(folder))
+            self._save_scaler(str(folder))  # FSDP2's, read again by the Trainer itself
             if self.world.is_main:
-                if self._scales_loss and not self._is_zero3:  # DeepSpeed saves its own
-                    torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
                 torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
                 self.state.save_to_json(str(folder / "trainer_state.json"))
 
@@ -327,13 +353,17 @@ class SftTrainer(Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        if not self._is_zero3:  # ZeRO-3: loaded with the model by the Trainer's integration
+        if self._is_zero3:  # loaded with the model by the Trainer's integration
+            zero3.check_loaded(self.model_wrapped, self.plan, offload=self._offloads)
+        else:
             fsdp.restore(self.model, _bare(self.optimizer), folder)
-            if self._scales_loss:
-                scaler = torch.load(folder / "scaler.pt", weights_only=True)
-                self.accelerator.scaler.load_state_dict(scaler)
         state = torch.load(folder / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(state)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """`precision: auto` may go on in another precision than fp16, on another GPU."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     # --- reporting -------------------------------------------------------------------
 
@@ -345,9 +375,10 @@ class SftTrainer(Trainer):
             logs |= self.meter.take() | {"peak_memory_gib": round(self.peak_gib, 3)}
             if self._scales_loss:
                 logs |= {"loss_scale": self.loss_scale, "overflows": self.overflows}
-                if not math.isfinite(logs.get("grad_norm", 0.0)):
-                    logs["grad_norm"] = None  # overflowed; JSON has no infinity
             record = {"step": self.state.global_step, **logs, "epoch": round(self.state.epoch, 4)}
+            if not math.isfinite(logs["grad_norm"]):  # overflowed
+                record["grad_norm"] = None  # JSON has no infinity
+                del logs["grad_norm"]  # and the integrations draw numbers only
             self.reporter.record(record | {"attempt": self.attempt}, self.state.max_steps)
             self._say_lost()
         super().log(logs, start_time)
@@ -370,6 +401,7 @@ class Steering(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        trainer.started("engine")
         fresh = state.global_step == 0
         if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":
             zero3.restore_masters(
@@ -383,17 +415,20 @@ class Steering(TrainerCallback):
             kernel=kernel,
             packs=KERNELS[kernel].packs,
             place=trainer._prepare_inputs,
+            lengths=selftest.LENGTHS[args.device.type],
         )
-        trainer.meter.take()  # the time so far belongs to no step
+        trainer.started("self-test")
+        trainer.meter.reset()  # the time so far belongs to no step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
         if trainer._scales_loss:
-            trainer.count_overflow()
+            trainer.refuse_lasting_overflow()
         peak = peak_memory_gib(trainer.args.device)
         stop, trainer.peak_gib = trainer.world.max([float(bool(trainer.stop)), peak])
+        trainer.started("first step")
         done = state.global_step >= state.max_steps
         due = state.global_step % trainer.config.checkpoint.every_steps == 0
         if stop or due or done:

@@ -1,23 +1,26 @@
 """Engine zero3: DeepSpeed ZeRO-3 under the Trainer's own integration.
 
-`deepspeed.zero.Init` partitions every parameter as it is made; every rank then fills in its
-own part. Reductions and accumulation are fp32, said explicitly: DeepSpeed's defaults follow
-the compute dtype.
+The parameters are partitioned by us while the model is still empty, and every rank reads only its
+own part of each tensor: no rank ever holds the whole model. Reductions and accumulation are fp32,
+said explicitly: DeepSpeed's defaults follow the compute dtype.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from sft_job.config import JobConfig, Zero3
-from sft_job.errors import ModelError
+from sft_job.errors import CheckpointError, HardwareError, ModelError
 from sft_job.loss import LossScale
 from sft_job.model import DTYPES, WeightFiles, build, make_trainable, missing_names
 from sft_job.plan import Plan
@@ -29,6 +32,7 @@ def prepare_environment(device: torch.device) -> None:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate leaves DeepSpeed out
     import deepspeed.ops
 
     # On a CPU DeepSpeed would compile a shared-memory collective at the first start: half a
@@ -51,6 +55,9 @@ def settings(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "stage3_gather_16bit_weights_on_model_save": False,
         "contiguous_gradients": True,
         "overlap_comm": True,
+        # DeepSpeed's own linear layer does not hold on to gathered weights; a recomputed layer has
+        # none to hold, and ends its recomputation before its last product only with torch's.
+        "memory_efficient_linear": plan.activation_checkpointing.value == "none",
         **buffers(plan),
     }
     for key in (
@@ -77,7 +84,9 @@ def settings(config: JobConfig, plan: Plan) -> dict[str, Any]:
             "initial_scale_power": int(math.log2(LossScale.initial)),
             "loss_scale_window": LossScale.window,
             "hysteresis": 1,
-            "min_loss_scale": LossScale.least,
+            # At its minimum, a whole number, DeepSpeed ends with a bare Exception; the trainer
+            # refuses an overflow at our least scale before.
+            "min_loss_scale": int(LossScale.least) // 2,
         },
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -100,24 +109,76 @@ def buffers(plan: Plan) -> dict[str, int]:
     }
 
 
+def cpu_adam() -> type[torch.optim.Optimizer]:
+    """DeepSpeed's CPU Adam; the first use on a machine compiles it.
+
+    Raises:
+        HardwareError: it cannot be compiled.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    # pip puts ninja beside Python, where a shell looks only in an activated environment.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    try:
+        CPUAdamBuilder().load()
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        lines = str(error).strip().splitlines()
+        words = ("not found", "error:")  # in the midst of the whole command and its output
+        reason = next((line for line in lines if any(word in line for word in words)), lines[0])
+        raise HardwareError(
+            "engine.offload is cpu, but DeepSpeed's CPU Adam cannot be compiled on this machine: "
+            f"{reason}",
+            remedy="install a C++ compiler (g++) and Python's headers, or use engine.offload=none",
+        ) from error
+    adam: type[torch.optim.Optimizer] = DeepSpeedCPUAdam
+    return adam
+
+
 def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model, partitioned over all ranks and filled, ready for the Trainer.
 
-    Must run while the TrainingArguments with `settings` are alive: transformers then makes
-    every parameter under `deepspeed.zero.Init`. Every rank reads its own part of each tensor.
+    Must run while the TrainingArguments with `settings` are alive.
 
     Raises:
         ModelError: a parameter is not in the files.
     """
-    model = build(folder, plan, trust_remote_code=trust_remote_code, meta=False)
+    model = build(folder, plan, trust_remote_code=trust_remote_code, meta=True)
     files = WeightFiles(folder)
     if missing := missing_names(model, files):
         raise ModelError(f"the weight files have no {', '.join(missing[:5])}", where=str(folder))
+    partition(model, plan, world)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.ds_tensor.copy_(_own_part(files, name, parameter, world))
     make_trainable(model, plan)
     return model
+
+
+def partition(model: PreTrainedModel, plan: Plan, world: World) -> None:
+    """Give every parameter memory for this rank's part, in the compute dtype.
+
+    `deepspeed.zero.Init` does it while the model is built, and broadcasts each parameter before:
+    as many copies of it in a machine's memory as there are ranks, and nothing in them yet.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    # With a module, if only an empty one, it replaces torch's linear layer as `settings` say.
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_config())
+    made: dict[nn.Parameter, Any] = {}  # tied parameters stay one
+    for module in model.modules():
+        for name, whole in list(module.named_parameters(recurse=False)):
+            if whole not in made:
+                # On the host, memory that is never written to takes none; partitioning reads it.
+                dtype = DTYPES[plan.precision.value]
+                empty = torch.empty(whole.shape, dtype=dtype, device=world.device)
+                made[whole] = nn.Parameter(empty)
+                init._convert_to_deepspeed_param(made[whole])
+                made[whole].partition()
+            setattr(module, name, made[whole])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(world.device))
 
 
 def _own_part(files: WeightFiles, name: str, parameter: Any, world: World) -> torch.Tensor:
@@ -155,11 +216,30 @@ def save(engine: Any, folder: Path) -> None:
     engine.save_checkpoint(str(folder))
 
 
+def check_loaded(engine: Any, plan: Plan, *, offload: bool) -> None:
+    """Mend what DeepSpeed takes over from a checkpoint as it was written.
+
+    Raises:
+        CheckpointError: its loss scale is that of another precision.
+    """
+    if engine.optimizer.loss_scaler.dynamic != (plan.precision.value == "fp16"):
+        raise CheckpointError(
+            "the checkpoint was written in another precision than "
+            f"{plan.precision.value} ({plan.precision.reason}), and its loss scale with it",
+            remedy="resume on the hardware that the job began on, or begin in a new run.dir",
+        )
+    if offload:  # the CPU Adam counts its steps in numbers, torch's in tensors
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"] = int(state["step"])
+
+
 def forget_settings() -> None:
-    """End transformers' ZeRO-3 mode: models loaded from here on are whole, on one rank alone."""
+    """End the ZeRO-3 mode of transformers, in which models are made partitioned over all ranks,
+    and of torch, whose linear layer DeepSpeed has replaced."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+    torch.nn.functional.linear = torch._C._nn.linear
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import resource
 import shutil
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +19,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft_job import checkpoint, dataset, fsdp, loss, trainer, zero3
+from sft_job import checkpoint, dataset, flops, fsdp, memory, trainer, zero3
 from sft_job import model as models
-from sft_job.attention import KERNELS
+from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import JobConfig, load
-from sft_job.metrics import Silence
+from sft_job.errors import WorkerError
+from sft_job.metrics import Meter, Reporter, Silence, peak_memory_gib
 from sft_job.model import WeightFiles
 from sft_job.plan import Plan, plan_of, schedule_of
+from sft_job.prepared import read_facts
 from sft_job.rundir import RunDir
+from sft_job.train import refuse_different_plans
 from sft_job.world import World
 
 
@@ -67,13 +72,33 @@ class Setup:
             run_dir=self.run_dir,
             stop=StopRequest(),
             reporter=Silence(),
+            meter=Meter(lambda work: 0.0, None, 0.0, time.time()),
+            started=lambda phase: None,
             attempt=1,
             prepared_model=self.folder,
         )
 
+    def record_to(self, file: Path) -> None:
+        """Time the steps as a run does and write its records, but save nothing."""
+        facts = read_facts(self.folder)
+        self.trainer.meter = Meter(
+            lambda work: flops.needed(facts, work), self.plan.peak_flops, 0.0, time.time()
+        )
+        if self.world.is_main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.trainer.reporter = Reporter(sys.stdout, None, file)
+        self.trainer.remove_callback(trainer.Steering)
+        self.trainer.add_callback(Measuring(self.trainer))
+
     def close(self) -> None:
         zero3.forget_settings()
-        nn.functional.linear = torch._C._nn.linear  # DeepSpeed leaves its own there
+
+
+class Measuring(trainer.Steering):
+    """Everything before the first step, and then nothing but steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.peak_gib = peak_memory_gib(args.device)
 
 
 def _adam_elements(optimizer: Any) -> int:
@@ -319,7 +344,7 @@ class Trained:
 
 def trainings(world: World, runs: list[tuple[Path, list[str], int | None]]) -> list[Trained]:
     """Train (job, overrides, products saved) one after the other, the loss in chunks of 64 rows."""
-    loss.CHUNK_BYTES["cpu"] = 1
+    memory.CHUNK_BYTES["cpu"] = 1
     results = []
     for job, overrides, saved in runs:
         setup = Setup(world, job, *overrides, saved_products=saved)
@@ -447,3 +472,23 @@ def measured_memory(world: World, job: Path, *overrides: str) -> dict[str, int]:
     return {
         "bytes": peak, "tokens": mine[0], "supervised": mine[1], "micro_batches": mine[2],
     }  # fmt: skip
+
+
+def agreement(world: World, job: Path) -> list[str | None]:
+    """What is said when rank 1 resolves the job alike, has another kernel, or another job."""
+    config = load(job)
+    plan = plan_of(config, world.size)[0]
+    other = dataclasses.replace(plan, attention=Choice("torch_varlen", "installed here only"))
+    edited = load(job, ["train.learning_rate=0.5"])
+    said: list[str | None] = []
+    for its_config, its_plan in ((config, plan), (config, other), (edited, plan)):
+        try:
+            if world.rank == 1:
+                refuse_different_plans(world, its_config, its_plan)
+            else:
+                refuse_different_plans(world, config, plan)
+        except WorkerError as error:
+            said.append(str(error))
+        else:
+            said.append(None)
+    return said

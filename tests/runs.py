@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,7 +66,7 @@ def make_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, *, tied: bool = False, **shape: int) -> Path:
+def make_model(folder: Path, *, tied: bool = False, **shape: float) -> Path:
     """A small random LLaMA in fp32 with its tokenizer, in Hugging Face layout."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -185,6 +186,21 @@ def interrupt_job(job: Path, *overrides: str, after: int, number: int = signal.S
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     return output
+
+
+def unfinished_copy(finished: RunDir, target: Path, step: int) -> RunDir:
+    """The finished run as it was after a step that was saved, on disk."""
+    shutil.copytree(finished.path, target)
+    run = RunDir(target)
+    run.done.unlink()
+    shutil.rmtree(run.model)
+    for later in run.checkpoint_steps():
+        if later > step:
+            shutil.rmtree(run.checkpoint(later))
+    stored = json.loads(run.job_file.read_text())
+    stored["run"]["dir"] = str(target)
+    run.job_file.write_text(json.dumps(stored))
+    return run
 
 
 def metrics(run: RunDir) -> list[dict[str, Any]]:

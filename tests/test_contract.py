@@ -9,10 +9,18 @@ import inspect
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    modeling_utils,
+)
 
-from sft_job import trainer
+from sft_job import trainer, zero3
 from sft_job.config import JobConfig
 
 
@@ -71,6 +79,31 @@ def test_deepspeed_steps_when_gradients_are_said_to_be_synchronised() -> None:
     wrapper.backward(torch.zeros(()), sync_gradients=False)
     wrapper.backward(torch.zeros(()), sync_gradients=True)
     assert calls == ["boundary False", "backward", "boundary True", "backward", "step"]
+
+
+def test_deepspeed_converts_a_parameter_without_sending_it_around() -> None:
+    """sft_job/zero3.py partitions empty parameters one by one, by this method and by their own."""
+    zero3.prepare_environment(torch.device("cpu"))
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    assert list(inspect.signature(Init._convert_to_deepspeed_param).parameters) == ["self", "param"]
+    source = inspect.getsource(Init._convert_to_deepspeed_param)
+    assert "param.partition = partition" in source
+    assert "dist.broadcast" not in source
+
+
+def test_transformers_lets_others_partition_in_its_zero3_mode() -> None:
+    """sft_job/model.py builds under this; else every parameter is made whole on every rank."""
+    assert not modeling_utils._is_ds_init_called
+    with modeling_utils.set_zero3_state():
+        assert modeling_utils._is_ds_init_called
+    assert "not _is_ds_init_called" in inspect.getsource(PreTrainedModel._from_config)
+
+
+def test_only_unwrapping_a_model_asks_for_deepspeed() -> None:
+    """sft_job/trainer.py replaces this method of accelerate's where nothing wraps the model."""
+    assert list(inspect.signature(Accelerator.unwrap_model).parameters)[:2] == ["self", "model"]
+    assert "unwrap_model(model" in inspect.getsource(Trainer.__init__)
 
 
 def test_attention_function_gets_the_lengths_and_no_mask() -> None:

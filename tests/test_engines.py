@@ -22,10 +22,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_every_rank_holds_its_half_and_computes_in_bf16(job: Path, engine: str) -> None:
-    """Parameters and Adam's state are exactly 1/2 each; the layers really run in bf16."""
-    options = [f"engine.type={engine}", "train.precision=bf16"]
+def test_every_rank_holds_its_half_and_computes_in_half_precision(
+    job: Path, engine: str, precision: str
+) -> None:
+    """Parameters and Adam's state are exactly 1/2 each; the layers really run in 16 bits."""
+    options = [f"engine.type={engine}", f"train.precision={precision}"]
     if engine == "zero3":
         options.append("engine.stage3_param_persistence_threshold=0")
     for result in on_ranks(ranks.sharding, 2, job, *options):
@@ -34,10 +37,33 @@ def test_every_rank_holds_its_half_and_computes_in_bf16(job: Path, engine: str) 
         )
         assert result["local"] * 2 == result["whole"]
         assert result["adam"] == 2 * result["local"]
-        assert result["hidden"] == ["torch.bfloat16"]
+        dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
+        assert (result["hidden"], result["weight"]) == ([dtype], [dtype])
         assert engine == "zero3" or result["masters"] == ["torch.float32"]
-        # DeepSpeed by itself would start from bf16-rounded weights.
+        # DeepSpeed by itself would start from rounded weights.
         assert result["start"] == 0.0
+
+
+def test_masters_start_at_the_files_whatever_the_shapes(tmp_path: Path) -> None:
+    """Three ranks: no dimension is divisible by them, and of some tensors one rank gets nothing."""
+    shape = {"hidden_size": 4, "intermediate_size": 7, "num_attention_heads": 2}
+    model = make_model(tmp_path / "model", num_key_value_heads=1, **shape)
+    data = make_conversations(tmp_path / "data.json", 16)
+    job = make_job(tmp_path, model, data, train__max_steps=2, train__warmup_ratio=0.0)
+    assert sft_job("data", "encode", job).returncode == 0
+    variants = [
+        [f"engine.type={engine}", f"train.precision={precision}"]
+        for engine in ("fsdp", "zero3")  # in this order: accelerate remembers DeepSpeed
+        for precision in ("fp32", "fp16")
+    ]
+    results = on_ranks(ranks.starts, 3, job, variants)
+    assert all(result == results[0] for result in results)
+    exact = results[0][0][1]
+    for (_, precision), (difference, records) in zip(variants, results[0], strict=True):
+        assert difference == 0.0
+        tolerance = 1e-5 if precision.endswith("fp32") else 2e-2
+        for ours, theirs in zip(records, exact, strict=True):
+            assert ours == pytest.approx(theirs, rel=tolerance)
 
 
 def test_fp32_is_fp32(job: Path) -> None:

@@ -217,3 +217,17 @@ def test_quantised_weights(job: Path, tmp_path: Path, model: Path) -> None:
     save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
     message = refused(job, f"model.path={small}")
     assert f"{name} is F8_E4M3: quantised weights" in message
+
+
+def test_offloading_without_a_compiler(job: Path, tmp_path: Path) -> None:
+    """DeepSpeed compiles its CPU Adam; what is missing is said before the training."""
+    (tmp_path / "bin").mkdir()
+    environment = {"PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+    result = sft_job("train", job, "engine={type: zero3, offload: cpu}", env=environment)
+    assert result.returncode == 2
+    assert "engine.offload is cpu, but DeepSpeed's CPU Adam cannot be compiled" in result.stderr
+    assert "c++: not found" in result.stderr
+    assert "install a C++ compiler (g++) and Python's headers, or use engine.offload=none" in (
+        result.stderr
+    )
+    assert "Traceback" not in result.stdout + result.stderr

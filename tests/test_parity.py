@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runs import make_conversations, make_job, make_model, metrics, run_job, weights
+from tests.runs import (
+    make_conversations,
+    make_job,
+    make_model,
+    metrics,
+    run_job,
+    unfinished_copy,
+    weights,
+)
 
 # engine, processes, micro_batch_tokens, expected micro-batches (at least) in a step
 VARIANTS = [
@@ -35,7 +44,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
 
 def same(run, reference) -> None:
     """The tolerances of the contract, on loss, gradient norm and weights."""
-    ours, theirs = metrics(run), metrics(reference)
+    ours = list({r["step"]: r for r in metrics(run)}.values())  # after a resume, the last ones
+    theirs = metrics(reference)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(1, 11))
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -76,6 +86,37 @@ def test_same_numbers(reference, engine: str, processes: int, tokens: int, micro
     assert plan["micro_batches"][1] >= micro
     assert plan["world_size"] == processes
     same(run, expected)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_fp16_follows_fp32(reference, engine: str) -> None:
+    """The same curve and true-sized gradients up to the rounding of fp16, two processes."""
+    folder, job, expected = reference
+    options = [f"engine.type={engine}", "run.processes=2", "train.precision=fp16"]
+    run = run_job(job, f"run.dir={folder}/{engine}-fp16", *options)
+    for ours, theirs in zip(metrics(run), metrics(expected), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
+        assert (ours["loss_scale"], ours["overflows"]) == (2.0**16, 0)
+        assert ours["learning_rate"] == theirs["learning_rate"]
+    trained, wanted = weights(run.model), weights(expected.model)
+    for name, tensor in trained.items():
+        assert tensor.dtype == torch.float16
+        torch.testing.assert_close(tensor.float(), wanted[name], rtol=2**-11, atol=3e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_offloaded_optimizer(reference) -> None:
+    """DeepSpeed's CPU Adam on masters in host memory gives the same numbers, also when a job goes
+    on without it, and with it again."""
+    folder, job, expected = reference
+    options = ["run.processes=2", "checkpoint.every_steps=3", "engine.type=zero3"]
+    run = run_job(job, f"run.dir={folder}/offload-0", *options, "engine.offload=cpu")
+    same(run, expected)
+    for step, offload in ((3, "none"), (6, "cpu")):
+        run = unfinished_copy(run, folder / f"offload-{step}", step)
+        run_job(job, f"run.dir={run.path}", *options, f"engine.offload={offload}")
+        same(run, expected)
 
 
 def test_lazy_equals_cached(reference) -> None:

@@ -27,6 +27,7 @@ from tests.runs import (
     on_ranks,
     run_job,
     sft_job,
+    unfinished_copy,
     weights,
 )
 
@@ -104,24 +105,11 @@ def finished(folder: Path, job: Path) -> RunDir:
     return run if run.done.exists() else run_job(job, f"run.dir={run.path}")
 
 
-def unfinished_copy(finished: RunDir, target: Path) -> RunDir:
-    """The finished run as it was after step 3, on disk."""
-    shutil.copytree(finished.path, target)
-    run = RunDir(target)
-    run.done.unlink()
-    shutil.rmtree(run.model)
-    shutil.rmtree(run.checkpoint(6))
-    stored = json.loads(run.job_file.read_text())
-    stored["run"]["dir"] = str(target)
-    run.job_file.write_text(json.dumps(stored))
-    return run
-
-
 def test_damaged_checkpoint_is_passed_over_and_said(
     folder: Path, job: Path, finished: RunDir
 ) -> None:
     """A newer checkpoint with a flipped byte is named and not used; the older one is."""
-    run = unfinished_copy(finished, folder / "damaged")
+    run = unfinished_copy(finished, folder / "damaged", 3)
     shutil.copytree(finished.checkpoint(6), run.checkpoint(6))
     file = next(run.checkpoint(6).glob("*.distcp"))
     content = bytearray(file.read_bytes())
@@ -139,7 +127,7 @@ def test_fsdp_resumes_on_another_number_of_processes(
     folder: Path, job: Path, finished: RunDir
 ) -> None:
     """From two processes to one: the same conversations, numbers equal to rounding."""
-    run = unfinished_copy(finished, folder / "one-process")
+    run = unfinished_copy(finished, folder / "one-process", 3)
     run_job(job, f"run.dir={run.path}", "run.processes=1")
     for step, (loss, norm, rate) in last_records(finished).items():
         assert last_records(run)[step] == pytest.approx((loss, norm, rate), rel=1e-4)
@@ -152,7 +140,7 @@ def test_stopped_before_the_export_only_the_export_is_left(
     folder: Path, job: Path, finished: RunDir
 ) -> None:
     """All steps are done and saved, the model is not written: no step is taken again."""
-    run = unfinished_copy(finished, folder / "export-only")
+    run = unfinished_copy(finished, folder / "export-only", 3)
     shutil.copytree(finished.checkpoint(6), run.checkpoint(6))
     before = len(metrics(run))
     run_job(job, f"run.dir={run.path}")
@@ -324,7 +312,7 @@ def test_job_file_stores_what_ran(job: Path, finished: RunDir) -> None:
 
 def test_changed_data_is_not_resumed(folder: Path, job: Path, finished: RunDir) -> None:
     """The order of all steps follows from the data; other data would be another run."""
-    run = unfinished_copy(finished, folder / "other-data")
+    run = unfinished_copy(finished, folder / "other-data", 3)
     data = folder / "data.json"
     before = data.read_text()
     data.write_text(before.replace("sun", "moon", 1))
@@ -338,7 +326,7 @@ def test_when_no_checkpoint_can_be_used_nothing_starts_from_zero(
     folder: Path, job: Path, finished: RunDir
 ) -> None:
     """Days of work are not begun anew behind a line in the log."""
-    run = unfinished_copy(finished, folder / "all-damaged")
+    run = unfinished_copy(finished, folder / "all-damaged", 3)
     next(run.checkpoint(3).glob("*.distcp")).write_bytes(b"short")
     result = sft_job("train", job, f"run.dir={run.path}")
     assert result.returncode == 1

@@ -1,0 +1,147 @@
+"""The check before the first step refuses what would be trained wrong, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sft_job import model as models
+from sft_job import selftest, varlen
+from sft_job.config import load
+from sft_job.errors import ModelError
+from sft_job.plan import Plan, plan_of
+from sft_job.varlen import Attend, Packed
+from tests.runs import make_conversations, make_job, make_model
+
+VOCABULARY = 504
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("selftest")
+    data = make_conversations(folder / "data.json", 4)
+    return plan_of(load(make_job(folder, make_model(folder / "model"), data), []), 1)[0]
+
+
+@pytest.fixture(autouse=True)
+def own_kernel_again() -> Iterator[None]:
+    yield
+    varlen.register("sdpa")
+
+
+def check(plan: Plan, precision: str = "fp32", family: str = "llama", **config: Any) -> None:
+    """Run the self-test on a random model of a family."""
+    torch.manual_seed(0)
+    name = varlen.register("sdpa")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(SHAPE | config)),
+        dtype=torch.float32,
+        attn_implementation=name,
+    ).to(models.DTYPES[precision])
+    models.make_trainable(model, plan)
+    selftest.run(
+        model,
+        vocabulary=VOCABULARY,
+        precision=precision,
+        kernel="sdpa",
+        packs=True,
+        place=lambda batch: batch,
+        lengths=selftest.LENGTHS["cpu"],
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_false_alarm(plan: Plan, precision: str, spread: float, tied: bool) -> None:
+    """Random models of small and large weights pass in every precision."""
+    check(plan, precision, initializer_range=spread, tie_word_embeddings=tied)
+
+
+def leaking() -> Attend:
+    """A row is one sample: a sample sees those before it."""
+    attend = varlen.sdpa()
+
+    def leak(q: Any, k: Any, v: Any, packed: Packed, *rest: float) -> torch.Tensor:
+        return attend(q, k, v, varlen.one_sample(q.shape[0], q.device), *rest)
+
+    return leak
+
+
+def looking_ahead() -> Attend:
+    """Samples are kept apart, but their tokens see later ones."""
+
+    def attend(q: Any, k: Any, v: Any, packed: Packed, scale: float, drop: float) -> torch.Tensor:
+        parts = []
+        for sample in zip(*(x.split(packed.seq_lens) for x in (q, k, v)), strict=True):
+            query, key, value = (x.transpose(0, 1)[None] for x in sample)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, scale=scale, enable_gqa=True
+            )
+            parts.append(attended[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    return attend
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [(leaking, "samples of a row see each other"), (looking_ahead, "tokens see later ones")],
+)
+def test_attention_that_sees_too_much(
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: Any,
+    message: str,
+    spread: float,
+    precision: str,
+) -> None:
+    """A leak between samples and a missing causal mask are refused, each by its name."""
+    with monkeypatch.context() as patched:
+        patched.setitem(varlen.FUNCTIONS, "sdpa", kernel)
+        with pytest.raises(ModelError) as caught:
+            check(plan, precision, initializer_range=spread)
+    assert f"self-test: under attention kernel sdpa {message}: logits differ by" in str(
+        caught.value
+    )
+    assert "use another model.attention (sdpa runs everywhere), and report this" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [
+        ("granite", {"logits_scaling": 4.0}),
+        ("cohere", {"logit_scale": 0.25}),
+    ],
+)
+def test_logits_that_are_scaled(
+    plan: Plan, family: str, option: dict[str, Any], spread: float, precision: str
+) -> None:
+    """Refused even where the weights are so small that the loss hardly depends on them."""
+    with pytest.raises(ModelError) as caught:
+        check(plan, precision, family, initializer_range=spread, **option)
+    assert "self-test: our l" in str(caught.value)
+    assert "the model's own forward pass gives" in str(caught.value)
+    assert "it scales or caps them" in str(caught.value)
+
+
+def test_logits_that_are_capped(plan: Plan) -> None:
+    """In bf16 too, where the loss alone may differ by no more than rounding."""
+    with pytest.raises(ModelError, match="it scales or caps them"):
+        check(plan, "bf16", "gemma2", initializer_range=0.1, final_logit_softcapping=3.0,
+              attn_logit_softcapping=None, sliding_window=4096)  # fmt: skip
