@@ -1,7 +1,7 @@
 """Speed of tokenising and label-making: sft_job, the bare `tokenizers` library, FastChat.
 
-    .venv/bin/python benchmarks/encode.py --out result.json           a few minutes
-    .venv/bin/python benchmarks/encode.py --quick                     to try the script
+    python -m benchmarks.encode [--out encode.json]          a few minutes
+    python -m benchmarks.encode --quick                      to try the script
 
     raw       tokenizers' encode_batch on the texts of the exchanges, on all cores: nothing that
               uses this library can be faster
@@ -29,9 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import workload
 import yaml
-from workload import MODEL, MODEL_FAST, SEQ_LEN, WORK, say
+
+from benchmarks import workload
+from benchmarks.workload import MODEL, MODEL_FAST, SEQ_LEN, WORK, say
 
 CHUNK = 512  # conversations per call of the encoder, as sft_job's own cache is built
 WARM_UP = 64  # conversations
@@ -138,6 +139,7 @@ def _ask(command: list[str | Path]) -> dict[str, Any]:
     """Run a measuring process; its last line is its result."""
     answer = subprocess.run(
         [str(part) for part in command],
+        cwd=workload.BENCHMARKS.parent,
         env=workload.process_environment(),
         capture_output=True,
         text=True,
@@ -154,7 +156,7 @@ def measure(name: str, job: Path, few: Path, fastchat: Path, quiet_s: float) -> 
         program = workload.BENCHMARKS / "peer_fastchat.py"
         command: list[str | Path] = [fastchat, program, "preprocess", MODEL, few, str(SEQ_LEN)]
     else:
-        command = [sys.executable, Path(__file__), "--measure", name, job]
+        command = [sys.executable, "-m", "benchmarks.encode", "--measure", name, job]
     workload.wait_for_quiet(quiet_s)
     before = workload.machine_seconds()
     result = _ask(command)

@@ -1,8 +1,8 @@
 """Training throughput on this CPU: sft_job, FastChat's train.py and TRL's SFTTrainer.
 
-    .venv/bin/python benchmarks/train_cpu.py --out result.json        15 to 20 minutes, once the
-                                                                      environments are there
-    .venv/bin/python benchmarks/train_cpu.py --quick                  one round, to try the script
+    python -m benchmarks.train_cpu [--out train_cpu.json]    15 to 20 minutes, once the environments
+                                                             are there
+    python -m benchmarks.train_cpu --quick                   one round, to try the script
 
 Every side trains the same weights on the same conversations in the same order, in a process of
 its own, one after the other. TRL is first tried in each of its configurations that could be the
@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import workload
 import yaml
-from workload import DISTURBED, MODEL, MODEL_FAST, SEQ_LEN, WORK, Used, say
 
+from benchmarks import workload
+from benchmarks.workload import DISTURBED, MODEL, MODEL_FAST, SEQ_LEN, WORK, Used, say
 from sft_job import config as job_config
 from sft_job.plan import schedule_of
 from sft_job.prepared import Prepared, find_prepared

@@ -132,11 +132,15 @@ def token_options(seq_len: int, step_tokens: float) -> list[int]:
     return options if first == seq_len else [seq_len, *options]
 
 
-def remedy(question: Question, room: int, hardware: Hardware) -> str:
-    """The cheapest change of the job after which it fits.
+def remedy(
+    question: Question | None, fit: Fit | None, room: int | None, hardware: Hardware
+) -> str | None:
+    """The cheapest change of the job after which it fits; None where it fits, or nothing is known.
 
     First what costs time only, then host memory, then more GPUs.
     """
+    if question is None or fit is None or room is None or fit.memory.total <= room:
+        return None
     model, setting = question.model, question.setting
     options = token_options(question.seq_len, question.step_tokens)
     tokens = sorted({*options, *question.tokens})

@@ -143,7 +143,6 @@ def resolve(
     checkpoint_bytes = 12 * parameters if parameters else None
     model_bytes = BYTES[precision.value] * parameters if parameters else None
     peak = hardware.peak_tflops(precision.value)
-    short = found is not None and room is not None and found.memory.total > room
     return Plan(
         model=config.model.path,
         parameters=parameters,
@@ -162,9 +161,7 @@ def resolve(
         saved_products=found.level.saved_products if found else None,
         memory=found.memory if found else None,
         memory_room=room,
-        remedy=fit.remedy(question, room, hardware)
-        if short and question and room is not None
-        else None,
+        remedy=fit.remedy(question, found, room, hardware),
         **_found(stats),
         seq_len=config.data.seq_len,
         batching=config.data.batching,
@@ -404,9 +401,15 @@ def gib(count: int) -> str:
     return f"{count / 2**30:,.2f}"
 
 
-def plan_of(config: JobConfig, world_size: int | None = None) -> tuple[Plan, Prepared | None]:
-    """The plan for this machine (or for `world_size` processes of its kind)."""
-    machine = hardware.detect()
+def plan_of(
+    config: JobConfig, world_size: int | None = None, machine: Hardware | None = None
+) -> tuple[Plan, Prepared | None]:
+    """The plan for this machine (or for `world_size` processes of its kind).
+
+    Args:
+        machine: what `hardware.detect` found, where that has been asked for already.
+    """
+    machine = machine or hardware.detect()
     wanted = attention.candidates(config.model.attention, machine)
     # A worker has torch already; the launcher must not wait for it.
     packages = attention.installed(imported=wanted if "torch" in sys.modules else ())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sft_job import cli, flops, hardware, workers
-from sft_job.attention import Choice
+from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import JobConfig, load
 from sft_job.errors import (
@@ -37,6 +38,7 @@ from sft_job.rundir import RunDir, append_line, read_json, write_atomically
 from sft_job.workers import Phases, Place, Workers
 
 if TYPE_CHECKING:
+    from sft_job.dataset import Steps
     from sft_job.metrics import Meter, Reporter
     from sft_job.world import World
 
@@ -67,10 +69,11 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
         stop.listen()
         prepare(config, job, overrides, stop)
         stop.file = None  # the workers look for it themselves
-        plan, _ = plan_of(config)  # refuses here what would be refused in every worker
+        machine = hardware.detect()
+        plan, _ = plan_of(config, machine=machine)  # refuses what every worker would
         refuse_small_disk(run_dir, plan)
         run_dir.interrupted.unlink(missing_ok=True)
-        crew = Workers(run_dir, attempt, processes(config, hardware.detect()))
+        crew = Workers(run_dir, attempt, processes(config, machine))
         crew.start(argv)
         crew.wait(stop)
         if run_dir.interrupted.exists():
@@ -150,6 +153,8 @@ def refuse_small_disk(run_dir: RunDir, plan: Plan) -> None:
 
 def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     """One training process; returns 0 when the job is done or was stopped in good order."""
+    # What is imported is never garbage, and looking through it while it grows takes 0.6 s.
+    gc.disable()
     phases = Phases(workers.began())
     phases.end("launch")
     stop = StopRequest()
@@ -184,6 +189,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)
+    gc.unfreeze()  # else libraries complain at the exit that their objects were forgotten
     return 0
 
 
@@ -234,7 +240,7 @@ def train(
     world = worlds.join(place, machine)
     try:
         phases.end("torch and process group")
-        plan, prepared = plan_of(config, world.size)
+        plan, prepared = plan_of(config, world.size, machine)
         if prepared is None:
             raise WorkerError("the prepared data has vanished", where=str(config.cache_dir))
         refuse_different_plans(world, config, plan)
@@ -272,11 +278,11 @@ def _train_and_export(
     import torch
 
     from sft_job import checkpoint, dataset, export, fsdp, trainer, zero3
-    from sft_job.attention import KERNELS
     from sft_job.model import DTYPES
-    from sft_job.plan import schedule_of
     from sft_job.tokenizer import load_tokenizer
 
+    gc.freeze()
+    gc.enable()
     phases.end("imports")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -290,21 +296,7 @@ def _train_and_export(
     for line in skipped:
         reporter.say(line)
 
-    tokenizer = load_tokenizer(folder, trust)
-    encoder = dataset.encoder_of(config, tokenizer)
-    lazy = config.data.preprocess == "lazy"
-    data_folder = Path(prepared.data_folder)
-    steps = dataset.Steps(
-        dataset.TextCache(data_folder) if lazy else dataset.TokenCache(data_folder),
-        schedule_of(config, prepared.stats),
-        rank=world.rank,
-        world_size=world.size,
-        micro_batch_tokens=plan.micro_batch_tokens,
-        attention_scale=plan.attention_scale,
-        one_sample_each=not KERNELS[plan.attention.value].packs,
-        encoder=encoder if lazy else None,
-        group=world.group,
-    )
+    steps = _steps(config, plan, prepared, world)
     engine = zero3 if config.engine.type == "zero3" else fsdp
     phases.end("data")
     model = engine.load(folder, plan, world, trust_remote_code=trust)
@@ -334,12 +326,13 @@ def _train_and_export(
     _stop_if_asked(world, stop, run_dir, f"after step {sft.state.global_step}")
     reporter.say(f"writing the model to {run_dir.model}")
     zero3.forget_settings()
+    tokenizer = load_tokenizer(folder, trust)
     export.write(
         run_dir.model,
         model,
         trainer.full_parameters(config)(model),
         tokenizer,
-        encoder,
+        dataset.encoder_of(config, tokenizer),
         world,
         source=folder,
         dtype=DTYPES[plan.precision.value],
@@ -350,6 +343,30 @@ def _train_and_export(
         write_atomically(run_dir.done, json.dumps(record) + "\n")
     world.barrier()
     reporter.say(f"done: sft-job chat {run_dir.path}")
+
+
+def _steps(config: JobConfig, plan: Plan, prepared: Prepared, world: World) -> Steps:
+    """This rank's share of the data."""
+    from sft_job import dataset
+    from sft_job.plan import schedule_of
+    from sft_job.tokenizer import load_tokenizer
+
+    folder, encoder = Path(prepared.data_folder), None
+    lazy = config.data.preprocess == "lazy"
+    if lazy:  # else there is nothing to tokenise before the export, and this takes a second
+        trust = config.model.trust_remote_code
+        encoder = dataset.encoder_of(config, load_tokenizer(Path(prepared.model_folder), trust))
+    return dataset.Steps(
+        dataset.TextCache(folder) if lazy else dataset.TokenCache(folder),
+        schedule_of(config, prepared.stats),
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_tokens=plan.micro_batch_tokens,
+        attention_scale=plan.attention_scale,
+        one_sample_each=not KERNELS[plan.attention.value].packs,
+        encoder=encoder,
+        group=world.group,
+    )
 
 
 def _started(

@@ -72,7 +72,7 @@ def join(place: Place, hardware: Hardware) -> World:
     if hardware.device == "cuda":
         if not torch.cuda.is_available():
             raise HardwareError(
-                f"nvidia-smi shows {hardware.name}, but torch {torch.__version__} cannot use it",
+                f"this machine has {hardware.name}, but torch {torch.__version__} cannot use it",
                 remedy="install a CUDA build of torch that fits the driver, "
                 "or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the CPU",
             )
