@@ -33,12 +33,12 @@ def prepare_environment(device: torch.device) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate leaves DeepSpeed out
-    import deepspeed.ops
-
-    # On a CPU DeepSpeed would compile a shared-memory collective at the first start: half a
-    # minute, and a C++ compiler that not everyone has. gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu":
+        import deepspeed.ops
+
+        # DeepSpeed would compile a shared-memory collective at the first start: half a minute,
+        # and a C++ compiler that not everyone has. gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         from deepspeed.accelerator import get_accelerator
 
         # DeepSpeed asks for native fp16 instructions; torch computes fp16 on every CPU, slowly.
@@ -88,6 +88,8 @@ def settings(config: JobConfig, plan: Plan) -> dict[str, Any]:
             # refuses an overflow at our least scale before.
             "min_loss_scale": int(LossScale.least) // 2,
         },
+        # Else accelerate makes DeepSpeed's CPU Adam anew, and forgets that it is AdamW.
+        "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }

@@ -37,7 +37,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("parity")
     model = make_model(folder / "model")
     data = make_conversations(folder / "data.json", 64)
-    job = make_job(folder, model, data)
+    job = make_job(folder, model, data, train__weight_decay=0.1)
     run = run_job(job, f"run.dir={folder / 'reference'}")
     return folder, job, run
 
