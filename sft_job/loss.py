@@ -33,6 +33,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        # The loss scale comes too late for what is narrowed here: fp16 ends at 6e-8, and a
+        # probability below that would push nothing away.
+        shift = 2.0**12 if hidden.dtype == torch.float16 else 1.0
         rows = min(chunk_rows(weight.shape[0], hidden.device.type), len(hidden))
         # One piece of memory for all chunks: the next one's must not wait for the last one's.
         memory = hidden.new_empty((rows, weight.shape[0]), dtype=torch.float32)
@@ -46,19 +49,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             sums = exponents.sum(-1, keepdim=True)
             total += (sums.log() + top).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad = exponents.div_(sums)
-                grad.scatter_add_(1, t[:, None], grad.new_full((len(t), 1), -1.0))
+                grad = exponents.div_(sums / shift)
+                grad.scatter_add_(1, t[:, None], grad.new_full((len(t), 1), -shift))
                 narrow = grad.to(h.dtype)
                 torch.mm(narrow, weight, out=grad_hidden[part])
                 _add_product(grad_weight, narrow.t(), h)
                 del narrow
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.shift = weight.dtype, shift
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        grad = grad / ctx.shift
         # In place: the head's gradient is the largest tensor of the step.
         return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.dtype), None
 
@@ -77,10 +81,10 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`total += a @ b`, total fp32; on a GPU without a product of its own."""
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
+    elif a.dtype == torch.bfloat16:
         total += a @ b
+    else:  # a sum of tokens may be too large for fp16
+        total.addmm_(a.float(), b.float())
 
 
 def chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

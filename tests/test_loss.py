@@ -160,3 +160,14 @@ def test_ligers_kernel_equals_ours() -> None:
         timeout=250,
     )
     assert result.stdout.endswith("equal\n"), result.stderr[-3000:]
+
+
+def test_fp16_keeps_the_gradients_of_confident_predictions() -> None:
+    """Probabilities below what fp16 can hold (6e-8) still push away, once the loss is scaled."""
+    hidden = torch.full((1, 1), 4.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.tensor([[5.0], [0.0], [0.0]], dtype=torch.float16, requires_grad=True)
+    (loss.chunked(hidden, weight, torch.tensor([0])) * 2.0**16).backward()
+    unlikely = torch.softmax(torch.tensor([20.0, 0.0, 0.0], dtype=torch.float64), 0)[1]
+    expected = unlikely * 4.0 * 2.0**16
+    assert 0 < unlikely < 6e-8
+    torch.testing.assert_close(weight.grad[1:, 0].double(), expected.expand(2), rtol=1e-2, atol=0)
