@@ -281,7 +281,7 @@ def _kernels(machine: Hardware) -> list[str]:
         name
         for name, kernel in KERNELS.items()
         if kernel.packs
-        and (not kernel.architectures or number in kernel.architectures)
+        and (not kernel.architectures or attention.base(number, kernel.architectures))
         and (kernel.distribution is None or kernel.distribution in packages)
         and not (kernel.architectures and number is None)
     ]

@@ -183,7 +183,7 @@ def installed(*, imported: Iterable[str] = ()) -> dict[str, Package]:
 def candidates(asked: str, hardware: Hardware) -> set[str]:
     """The distributions that the choices for this hardware look at."""
     number = sm(hardware)
-    names = PREFERRED.get(number or 0, ()) if asked == "auto" else (asked,)
+    names = preferred(number) if asked == "auto" else (asked,)
     found = {d for d in (KERNELS[name].distribution for name in names) if d}
     return found | ({LIGER} if number is not None and number >= 80 else set())
 
@@ -206,6 +206,20 @@ def sm(hardware: Hardware) -> int | None:
         return None
     major, minor = hardware.capability
     return 10 * major + minor
+
+
+def base(number: int | None, architectures: Iterable[int]) -> int | None:
+    """Whose device code a GPU runs: of its own architecture, or of the nearest older one with the
+    same major number (CUDA C++ Programming Guide, "Binary Compatibility"); None without any."""
+    if number is None:
+        return None
+    fitting = [a for a in architectures if a // 10 == number // 10 and a <= number]
+    return max(fitting, default=None)
+
+
+def preferred(number: int | None) -> tuple[str, ...]:
+    """The kernels that `auto` may take on an architecture, best first."""
+    return PREFERRED.get(base(number, PREFERRED) or 0, ())
 
 
 def choose(
@@ -259,10 +273,10 @@ def _best(
     number = sm(hardware)
     if number is None:
         return Choice("sdpa", "CPU: each sample attended by itself")
-    if number not in PREFERRED:
+    if not preferred(number):
         return Choice("sdpa", f"sm_{number} is not in the table of kernels; this one runs anywhere")
     passed_over: list[str] = []
-    for name in PREFERRED[number]:
+    for name in preferred(number):
         obstacle = _obstacle(KERNELS[name], hardware, precision, heads, packages)
         if obstacle is None:
             reasons = [_ground(KERNELS[name], hardware, precision, packages), *passed_over]
@@ -290,7 +304,7 @@ def _obstacle(
 ) -> str | None:
     """Why a kernel cannot run, or None."""
     number = sm(hardware)
-    if kernel.architectures and number not in kernel.architectures:
+    if kernel.architectures and base(number, kernel.architectures) is None:
         here = f"{hardware.name} is sm_{number}" if number else f"{hardware.name} is not a GPU"
         return f"{here}, and it runs on {', '.join(f'sm_{a}' for a in kernel.architectures)}"
     if precision not in kernel.dtypes:
