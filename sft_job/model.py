@@ -397,6 +397,7 @@ ATTENTION_OPERATORS = {
     "aten::_efficient_attention_forward",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
+    "xformers_flash::flash_fwd",
     "flash_attn_3::fwd",
     "flash_attn_3::_flash_attn_forward",
 }

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,13 +33,14 @@ from sft_job.errors import ModelError
 NAME = "sft_job_packed"
 
 
-@dataclass(frozen=True, eq=False)
 class Packed:
-    """The samples of a row, made once per micro-batch and shared by all layers."""
+    """The samples of a row, made once per micro-batch and shared by all layers.
 
-    seq_lens: list[int]
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
+    Not a dataclass: FSDP2 makes a copy of those for every layer, and the mask with it.
+    """
+
+    def __init__(self, seq_lens: list[int], cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+        self.seq_lens, self.cu_seqlens, self.max_seqlen = seq_lens, cu_seqlens, max_seqlen
 
     @functools.cached_property
     def xformers_mask(self) -> Any:
@@ -180,9 +180,12 @@ def sdpa() -> Attend:
         dropout: float,
     ) -> torch.Tensor:
         grouped = q.shape[1] != k.shape[1]
+        if grouped and not _shares_keys(q):
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            grouped = False
         parts = []
         for sample in zip(*(x.split(packed.seq_lens) for x in (q, k, v)), strict=True):
-            query, key, value = (x.transpose(0, 1)[None] for x in sample)
+            query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in sample)
             attended = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -192,10 +195,18 @@ def sdpa() -> Attend:
                 scale=scale,
                 enable_gqa=grouped,
             )
-            parts.append(attended[0].transpose(0, 1))
+            parts.append(attended.squeeze(0).transpose(0, 1))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     return attend
+
+
+def _shares_keys(q: torch.Tensor) -> bool:
+    """Whether SDPA has a kernel for grouped queries: on a GPU only flash attention, in half
+    precision from capability 8.0 on; otherwise it would write out the whole matrix of scores."""
+    if not q.is_cuda:
+        return True
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _refuse_dropout(kernel: str, dropout: float) -> None:

@@ -199,6 +199,37 @@ def test_the_operator_behind_xformers_takes_fp16_rows() -> None:
     assert (out.shape, out.dtype) == (q.shape, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capability", "repeated"),
+    [
+        (torch.bfloat16, (8, 0), False),
+        (torch.float16, (12, 0), False),
+        (torch.float32, (9, 0), True),
+        (torch.float16, (7, 0), True),
+    ],
+)
+def test_sdpa_repeats_keys_where_only_the_dense_kernel_shares_them(
+    dtype: torch.dtype, capability: tuple[int, int], repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake CUDA tensors: what SDPA is called with, by GPU and dtype."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    calls = []
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append((k.shape[1], options["enable_gqa"]))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(varlen.F, "scaled_dot_product_attention", sdpa)
+    with FakeTensorMode():
+        q = torch.empty(5, 8, 16, dtype=dtype, device="cuda")
+        k = torch.empty(5, 2, 16, dtype=dtype, device="cuda")
+        out = varlen.sdpa()(q, k, k, varlen.Packed([2, 3], torch.empty(3), 3), 0.1, 0.0)
+    assert calls == [(8, False) if repeated else (2, True)] * 2
+    assert out.shape == q.shape
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA operators")
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
 def test_xformers_dispatches_to_cutlass_on_old_gpus(
