@@ -155,6 +155,10 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     """One training process; returns 0 when the job is done or was stopped in good order."""
     # What is imported is never garbage, and looking through it while it grows takes 0.6 s.
     gc.disable()
+    # The number of tokens differs from batch to batch; blocks of fixed size would be cut to
+    # pieces that fit no later one. Read by torch when it first uses a GPU.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     phases = Phases(workers.began())
     phases.end("launch")
     stop = StopRequest()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sft_job import attention
 from sft_job.errors import HardwareError
 from sft_job.hardware import Hardware
 from sft_job.workers import Place
@@ -78,6 +79,7 @@ def join(place: Place, hardware: Hardware) -> World:
             )
         index = place.local_rank if torch.cuda.device_count() > 1 else 0
         device = torch.device("cuda", index)
+        _refuse_missing_code(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -85,6 +87,25 @@ def join(place: Place, hardware: Hardware) -> World:
     dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(place.rank, place.local_rank, place.world_size, device, group)
+
+
+def _refuse_missing_code(capability: tuple[int, int], architectures: Sequence[str]) -> None:
+    """torch only warns of a GPU that its build has no code for, and fails at the first kernel.
+
+    Args:
+        architectures: sm_80 (device code), compute_90 (PTX, compiled for any newer one), ...
+    """
+    number = 10 * capability[0] + capability[1]
+    parts = [name.partition("_") for name in architectures]
+    code = [int(n) for kind, _, n in parts if kind == "sm" and n.isdigit()]
+    portable = [int(n) for kind, _, n in parts if kind == "compute" and n.isdigit()]
+    if attention.base(number, code) is None and not any(n <= number for n in portable):
+        raise HardwareError(
+            f"this GPU is sm_{number}, and torch {torch.__version__} has no code for it "
+            f"(it has {', '.join(architectures)})",
+            remedy="install a release of torch that has: V100 needs one of CUDA 12.8 or older, "
+            "such as 2.10",
+        )
 
 
 def leave() -> None:

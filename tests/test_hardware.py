@@ -727,3 +727,31 @@ def test_wsl_without_an_nvidia_gpu_is_a_cpu(broken, machine):
     machine.has_torch(broken=broken)
     assert_cpu(detect())
     assert machine.asked_torch.exists()
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 0), ["sm_75", "sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),  # device code of the same major number
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((8, 0), ["sm_86", "sm_90"], False),
+        ((12, 0), ["sm_80", "sm_90a"], False),
+        ((12, 0), ["sm_80", "compute_90"], True),  # PTX, compiled for it when it is loaded
+        ((7, 0), ["sm_80", "compute_90"], False),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for(
+    capability: tuple[int, int], architectures: list[str], runs: bool
+) -> None:
+    """torch warns and fails at the first kernel; here it is said before."""
+    from sft_job import world
+
+    if runs:
+        world._refuse_missing_code(capability, architectures)
+        return
+    said = fault(lambda: world._refuse_missing_code(capability, architectures))
+    number = 10 * capability[0] + capability[1]
+    assert f"this GPU is sm_{number}, and torch " in said
+    assert f"has no code for it (it has {', '.join(architectures)})" in said
+    assert "-> install a release of torch that has: V100 needs" in said
