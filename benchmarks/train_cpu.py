@@ -235,8 +235,7 @@ def _balanced_order(job: Path, prepared: Prepared, steps: int) -> tuple[int, lis
 
 
 def _digests(folder: Path) -> list[str]:
-    from recorder import sample_digest
-
+    from benchmarks.recorder import sample_digest
     from sft_job.dataset import TokenCache
 
     cache = TokenCache(folder)
