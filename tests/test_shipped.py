@@ -74,6 +74,16 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/second/DONE").exists()
 
 
+def test_readme_plans_for_other_gpus_run() -> None:
+    """As printed, from the checkout."""
+    commands = re.findall(r"^sft-job (plan .* --gpu .*)$", README, re.MULTILINE)
+    assert commands
+    for command in commands:
+        result = sft_job(*shlex.split(command), cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        assert "usable GiB on each GPU" in result.stdout
+
+
 def test_readme_names_only_commands_and_files_that_exist() -> None:
     """Every `sft-job X`, make target and path in backticks is there."""
     for command in re.findall(r"sft-job (\w+)", README):
