@@ -1,7 +1,8 @@
 """Full-parameter fine-tuning of LLaMA-family chat models from one job file.
 
     layer 0   errors          error kinds and exit codes
-    layer 1   config          the job file: schema, reading, overrides
+    layer 1   schema          the job file: its keys, units and defaults
+              config          reading it: overrides, faults
               cli             arguments, messages, requests to stop
     layer 2   rundir          every name in the run directory and the cache
     no torch  conversations   conversations: read, checked, cut to what can be trained on
@@ -16,6 +17,9 @@
               choices         the other decisions of a plan: precision, kernels, positions
               workers         the training processes of one machine: started, watched, stopped
               plan            everything derived from a job, in one place; `sft-job plan`
+              jobscript       the text of a job script
+              slurm           what Slurm says; a job under submitit
+              follow          a submitted job from outside: status, output, end
     layer 3   world           the processes that train together, and what they agree on
     torch     tokenizer       read or converted, and checked
               encode          text to ids and labels, once
@@ -31,7 +35,8 @@
               trainer         the Trainer subclass
               export          the final model, written and verified
     layer 5   train           `sft-job train`
-    entry     data            `sft-job data`
+    entry     submit          `sft-job submit`
+              data            `sft-job data`
               chat            `sft-job chat`
 
 A file imports only from its own layer and those before it; nobody imports layer 5.

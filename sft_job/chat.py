@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft_job import cli
-from sft_job.config import Model
 from sft_job.errors import ModelError
 from sft_job.rundir import CacheDir, RunDir
+from sft_job.schema import Model
 
 
 def main(argv: Sequence[str]) -> int:

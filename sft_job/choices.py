@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from sft_job import attention as kernels
 from sft_job.attention import Choice, Heads, Package
-from sft_job.config import JobConfig, LinearRope
 from sft_job.errors import HardwareError, ModelError
 from sft_job.hardware import Hardware
 from sft_job.prepared import ModelFacts
+from sft_job.schema import JobConfig, LinearRope
 
 
 def precision(config: JobConfig, hardware: Hardware) -> Choice:

@@ -17,6 +17,7 @@ from sft_job.errors import SftJobError
 
 COMMANDS = {
     "train": "run a job: fine-tune, checkpoint, resume, export",
+    "submit": "check a job and put it into a SLURM queue; follow it",
     "plan": "show what a job will do, without doing it",
     "data": "check, encode and look at conversations",
     "chat": "talk to a run's model, or to any model",
@@ -100,5 +101,5 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         if self.reason is None and self.file is not None and self.file.exists():
-            self.reason = f"stop file {self.file.name}"
+            self.reason = self.file.read_text().strip() or f"stop file {self.file.name}"
         return self.reason is not None

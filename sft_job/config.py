@@ -1,230 +1,51 @@
-"""The job file: its schema, how it is read, and what makes two jobs the same.
+"""Reading a job file: its values, overrides, and all its faults at once.
 
-Precedence: defaults < job file < key=value overrides. Nothing is rewritten after
-validation; what is derived from these values is in `plan.py`.
+Precedence: defaults < job file < key=value overrides.
 """
 
 from __future__ import annotations
 
 import difflib
-import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from sft_job.errors import ConfigError
+from sft_job.schema import Apptainer, Fsdp, JobConfig, Pyxis, Slurm, Zero3, expand
 
 # Keys of the design that this version does not act on yet. A key that is accepted and then
 # ignored is worse than one that is refused, so they are refused by name.
 NOT_YET = {
     "data.eval": "evaluation during training",
     "checkpoint.asynchronous": "asynchronous saving",
-    "container": "containers",
-    "slurm": "SLURM submission",
 }
 
 
-def _not_a_bool(value: Any) -> Any:
-    """YAML reads `yes` and `on` as true, and Python takes true for 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"input should be a number, not {value}")
-    return value
+# The classes of a section that is not a plain one.
+VARIANTS: dict[str, list[type[BaseModel]]] = {
+    "engine": [Fsdp, Zero3],
+    "container": [Apptainer, Pyxis],
+    "slurm": [Slurm],
+}
 
-
-Text = Annotated[str, Field(min_length=1)]
-Whole = Annotated[int, BeforeValidator(_not_a_bool)]
-Number = Annotated[float, BeforeValidator(_not_a_bool)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class LinearRope(Section):
-    type: Literal["linear"]
-    factor: Number = Field(ge=1)
-    """Positions are divided by this factor; the context grows by it."""
-
-
-class Model(Section):
-    path: Text
-    """Hub id, local folder, or bundled:smollm2-135m."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model; null means the default branch."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such models are refused."""
-    rope: Literal["auto", "none"] | LinearRope = "auto"
-    """auto scales positions linearly by ceil(seq_len / native context) when the native
-    context is too short, as the published Vicuna-16k recipe did."""
-    attention: Literal[
-        "auto",
-        "flash_attention_3",
-        "flash_attention_2",
-        "torch_varlen",
-        "xformers",
-        "sdpa",
-        "own",
-    ] = "auto"
-    """The attention kernel; auto takes the best one that the GPU and the installed packages
-    have. own is the model's own attention, one sample per forward pass."""
-    cross_entropy: Literal["auto", "torch", "liger"] = "auto"
-    """What computes the loss from hidden states; auto takes Liger's kernel on GPUs that run
-    Triton (capability 8.0 and newer) where it is installed."""
-
-
-class Data(Section):
-    train: Annotated[list[str], Field(min_length=1)]
-    """Files and globs, ShareGPT or messages form, .json or .jsonl."""
-    template: Literal["vicuna"] = "vicuna"
-    """How a conversation becomes text."""
-    seq_len: Whole = Field(2048, ge=8)
-    """Longest sample in tokens; with batching: rows also the length of a row."""
-    batching: Literal["conversations", "rows"] = "conversations"
-    """What global_batch_size counts: conversations (the published recipe) or packed rows of
-    seq_len tokens (fixed shapes, most tokens per step)."""
-    preprocess: Literal["cached", "lazy"] = "cached"
-    """cached tokenises everything once before the start; lazy tokenises each step as it comes."""
-    overlong: Literal["truncate", "split", "drop", "error"] = "truncate"
-    """What happens to a conversation of more than seq_len tokens."""
-    cache_dir: Text | None = None
-    """Token cache and converted weights; null means .sft_job_cache beside run.dir."""
-
-    def files(self) -> list[Path]:
-        """The files of `train`, each once, in the order given."""
-        return list(dict.fromkeys(path for pattern in self.train for path in expand(pattern)))
-
-
-class Train(Section):
-    global_batch_size: Whole = Field(128, ge=1)
-    """Conversations (or rows) per optimizer step, over all ranks and micro-batches."""
-    micro_batch_tokens: Annotated[Whole, Field(ge=8)] | Literal["auto"] = 16384
-    """At most so many tokens per rank and forward: the memory knob. Does not change the result.
-    auto takes what the plan says is fastest and fits."""
-    num_train_epochs: Whole = Field(3, ge=1)
-    max_steps: Whole | None = Field(None, ge=1)
-    """Stop after so many optimizer steps instead of after num_train_epochs."""
-    learning_rate: Number = Field(2e-5, gt=0)
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = "cosine"
-    warmup_ratio: Number = Field(0.03, ge=0, le=1)
-    """Share of all steps over which the learning rate rises from 0."""
-    weight_decay: Number = Field(0.0, ge=0)
-    max_grad_norm: Number = Field(1.0, ge=0)
-    """Gradients are scaled down to this global norm; 0 never scales."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """dtype of the computation; master weights and reductions are always fp32. auto is bf16
-    where the hardware computes in it, fp16 with dynamic loss scaling on older GPUs, fp32 on
-    other CPUs."""
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """full recomputes every decoder layer in the backward pass: about a quarter more time,
-    least memory. selective keeps the results of attention and of as many matrix products as
-    there is room for, and recomputes the rest. auto takes the least recomputation that the
-    plan says fits."""
-    deterministic: bool = False
-    """Refuse kernels whose result depends on the order of execution."""
-    seed: Whole = Field(0, ge=0)
-    extra: dict[str, Any] = Field(default_factory=dict)
-    """Further Hugging Face TrainingArguments by name."""
-
-
-class Fsdp(Section):
-    type: Literal["fsdp"]
-
-
-class Zero3(Section):
-    type: Literal["zero3"]
-    offload: Literal["none", "cpu"] = "none"
-    """cpu keeps masters and Adam's state in host memory and steps there (DeepSpeed's CPU Adam)."""
-    stage3_max_live_parameters: Whole | None = Field(None, ge=0)
-    """Gathered parameters kept at a time; null derives it from the model's layers, 0 frees at
-    once."""
-    stage3_max_reuse_distance: Whole | None = Field(None, ge=0)
-    """A parameter needed again within so many elements is not freed; null as above."""
-    stage3_param_persistence_threshold: Whole | None = Field(None, ge=0)
-    """Parameters smaller than this stay whole on every rank; null as above."""
-
-
-class Checkpoint(Section):
-    every_steps: Whole = Field(200, ge=1)
-    """Optimizer steps between two checkpoints; the last step is always saved."""
-    keep: Whole | None = Field(None, ge=1)
-    """Keep only the newest so many checkpoints; null deletes nothing."""
-
-
-class Logging(Section):
-    every_steps: Whole = Field(1, ge=1)
-    """Optimizer steps between two records."""
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
-    """Handed to the Trainer's own integrations."""
-
-
-class Run(Section):
-    dir: Text
-    """The run directory: configuration, logs, checkpoints, exported model."""
-    processes: Whole | None = Field(None, ge=1)
-    """Training processes on this machine; null means one per GPU, or one on a CPU."""
-    online: bool = False
-    """May fetch from the model hub. Compute nodes usually cannot."""
-
-
-class JobConfig(Section):
-    """One training job. Precedence: defaults < job file < overrides."""
-
-    model: Model
-    data: Data
-    train: Train = Field(default_factory=Train)
-    engine: Annotated[Fsdp | Zero3, Field(discriminator="type")] = Fsdp(type="fsdp")
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    logging: Logging = Field(default_factory=Logging)
-    run: Run
-
-    @property
-    def cache_dir(self) -> Path:
-        if self.data.cache_dir is not None:
-            return Path(self.data.cache_dir)
-        return Path(self.run.dir).parent / ".sft_job_cache"
-
-    def identity(self) -> dict[str, Any]:
-        """The values that decide which numbers come out, by dotted key.
-
-        A run directory is resumed only by a job with the same identity. Left out: how much
-        is done at a time, how often something is written, how many processes share the work.
-        """
-        given = self.model_dump(mode="json")
-        for section in ("checkpoint", "logging", "run"):
-            del given[section]
-        for key in ("micro_batch_tokens", "activation_checkpointing"):
-            del given["train"][key]
-        del given["data"]["cache_dir"]
-        given["engine"] = {"type": self.engine.type}
-        return dict(_flatten(given))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+# Their discriminators.
+TAGS = {"engine": ["fsdp", "zero3"], "container": ["apptainer", "pyxis"]}
 
 
 def _conflicts(config: JobConfig) -> Iterator[tuple[str, str]]:
     """Values that are good by themselves and cannot stand together, by key."""
-    data, train = config.data, config.train
+    data, train, slurm = config.data, config.train, config.slurm
+    if slurm and slurm.gpus_per_node and config.run.processes not in (None, slurm.gpus_per_node):
+        yield (
+            "run.processes",
+            f"processes ({config.run.processes}) differs from slurm.gpus_per_node "
+            f"({slurm.gpus_per_node}): a submitted job has one process for each GPU; leave it out",
+        )
     if isinstance(train.micro_batch_tokens, int) and train.micro_batch_tokens < data.seq_len:
         yield (
             "train.micro_batch_tokens",
@@ -395,6 +216,14 @@ def _absolute(values: dict[str, Any], base: Path) -> None:
         inner = values.get(section)
         if isinstance(inner, dict) and key in inner:
             inner[key] = absolute(inner[key])
+    container = values.get("container")
+    if isinstance(container, dict):
+        image = container.get("image")
+        # docker://..., or for Pyxis nvcr.io#nvidia/pytorch: no file of this machine
+        if container.get("type") == "apptainer" or str(image).endswith(".sqsh"):
+            container["image"] = image if "://" in str(image) else absolute(image)
+        if isinstance(container.get("bind"), list):
+            container["bind"] = [absolute(item) for item in container["bind"]]
     data = values.get("data")
     if isinstance(data, dict) and "train" in data:
         # One file may be written without the brackets.
@@ -420,17 +249,10 @@ def _missing_files(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "model.path", f"no such folder: {path}"
 
 
-def expand(pattern: str) -> list[Path]:
-    """The files of one entry of `data.train`, sorted."""
-    if Path(pattern).is_file():
-        return [Path(pattern)]
-    return sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-
-
 def _explain(item: Any, place: Any) -> list[str]:
     # pydantic puts the tag of a union after the union's key; it is not a key of the file.
     keys = [str(part) for part in item["loc"]]
-    if keys[:1] == ["engine"]:
+    if keys[:1] in (["engine"], ["container"]):
         del keys[1:2]
     elif keys[:2] == ["model", "rope"]:
         del keys[2:3]
@@ -447,13 +269,14 @@ def _explain(item: Any, place: Any) -> list[str]:
             return [f"{place(key)}: unknown key{_did_you_mean(keys)}"]
         case "missing":
             return [f"{place('.'.join(keys[:-1]))}: {key} is missing"]
-        case "model_type" | "model_attributes_type" if key == "engine":
-            return [f"{place(key)}: must be {{type: fsdp}} or {{type: zero3}}, not {given!r}"]
+        case "model_type" | "model_attributes_type" if key in TAGS:
+            forms = " or ".join(f"{{type: {tag}}}" for tag in TAGS[key])
+            return [f"{place(key)}: must be {forms}, not {given!r}"]
         case "literal_error":
             expected = item["ctx"]["expected"]
             return [f"{place(key)}: {given!r} is not one of {expected}"]
         case "union_tag_invalid" | "union_tag_not_found":
-            return [f"{place(key)}: {key}.type must be fsdp or zero3, not {given!r}"]
+            return [f"{place(key)}: {key}.type must be {' or '.join(TAGS[key])}, not {given!r}"]
         case "value_error":
             return [f"{place(key) if key else 'job file'}: {item['ctx']['error']}"]
     return [f"{place(key)}: {item['msg'][0].lower()}{item['msg'][1:]}, not {given!r}"]
@@ -479,8 +302,8 @@ def known_keys() -> Iterator[str]:
     def walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
         for name, field in model.model_fields.items():
             yield f"{prefix}{name}"
-            if name == "engine":
-                variants: list[type[BaseModel]] = [Fsdp, Zero3]
+            if name in VARIANTS:
+                variants = VARIANTS[name]
             elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 variants = [field.annotation]
             else:

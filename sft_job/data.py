@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from sft_job import cli
-from sft_job.config import JobConfig, load
+from sft_job.config import load
 from sft_job.conversations import (
     NOTHING_LEFT,
     Conversation,
@@ -22,6 +22,7 @@ from sft_job.errors import DataError
 from sft_job.plan import lost_lines
 from sft_job.prepared import Prepared, find_prepared, prepared_key, read_prepared
 from sft_job.rundir import CacheDir, write_atomically
+from sft_job.schema import JobConfig
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,13 +29,13 @@ import torch
 import torch.distributed as dist
 
 from sft_job.batching import Schedule, deal, idle_share
-from sft_job.config import JobConfig
 from sft_job.conversations import Exchange, Trainable, read_trainable
 from sft_job.encode import Encoder, Sample, TokenizerSpec, check_tokenizer, spec_of
 from sft_job.errors import DataError
 from sft_job.hardware import cores
 from sft_job.prepared import PREPARED_VERSION
 from sft_job.rundir import CacheDir, publish_dir
+from sft_job.schema import JobConfig
 from sft_job.templates import TEMPLATES
 
 # Conversations handed to an encoding process at a time; below PARALLEL_FROM the start of the

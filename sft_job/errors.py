@@ -4,10 +4,12 @@
     ├── UserError               2   the caller can mend it; printed without a traceback
     │   ├── FaultList           2   several faults of one input, all at once
     │   │   ├── ConfigError         the job file or an override
-    │   │   └── DataError           conversations
+    │   │   ├── DataError           conversations
+    │   │   └── SubmitError         what a job would fail of on the cluster
     │   ├── ModelError              weights, tokenizer, architecture
     │   ├── HardwareError           processors, precision, kernels
-    │   └── RunDirError             the run directory belongs to something else
+    │   ├── RunDirError             the run directory belongs to something else
+    │   └── SlurmError              the cluster does not take the job
     ├── CheckpointError         1   saving or resuming
     │   └── DiskSpaceError      1   no room for what must be written
     ├── TrainingError           1   the numbers went wrong
@@ -95,6 +97,10 @@ class DataError(FaultList):
     noun = "faults of the data"
 
 
+class SubmitError(FaultList):
+    noun = "reasons not to submit this job"
+
+
 class ModelError(UserError):
     pass
 
@@ -104,6 +110,10 @@ class HardwareError(UserError):
 
 
 class RunDirError(UserError):
+    pass
+
+
+class SlurmError(UserError):
     pass
 
 

@@ -35,8 +35,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import set_zero3_state
 
-from sft_job import config as job
 from sft_job import loss, varlen
+from sft_job import schema as job
 from sft_job.attention import KERNELS
 from sft_job.errors import ModelError
 from sft_job.loss import LossHead

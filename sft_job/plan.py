@@ -17,12 +17,13 @@ from typing import Any
 from sft_job import attention, choices, cli, fit, flops, hardware
 from sft_job.attention import Choice, Package
 from sft_job.batching import Schedule, deal, idle_share
-from sft_job.config import JobConfig, load
+from sft_job.config import load
 from sft_job.errors import HardwareError
 from sft_job.flops import Work
 from sft_job.hardware import Hardware
 from sft_job.memory import BYTES, Memory
 from sft_job.prepared import DataStats, ModelFacts, Prepared, find_prepared, model_facts
+from sft_job.schema import JobConfig
 
 # Steps looked at for the predicted idle share; a longer run is sampled evenly.
 IDLE_SAMPLE = 200

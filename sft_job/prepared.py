@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_job.config import JobConfig
 from sft_job.errors import ModelError
 from sft_job.rundir import CacheDir, read_json
+from sft_job.schema import JobConfig
 
 # Raised whenever encoding or conversion changes what it writes: older caches are made anew.
 PREPARED_VERSION = 2
@@ -230,14 +230,23 @@ def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | No
 
 def _hub_snapshot(config: JobConfig) -> Path | None:
     """The folder of a hub model in the local hub cache (its documented layout)."""
+    folder = _hub_folder(config) / "snapshots" / (hub_revision(config) or "main")
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _hub_folder(config: JobConfig) -> Path:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    repository = cache / f"models--{config.model.path.replace('/', '--')}"
-    revision = config.model.revision or "main"
-    reference = repository / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    folder = repository / "snapshots" / commit
-    return folder if (folder / "config.json").is_file() else None
+    return cache / f"models--{config.model.path.replace('/', '--')}"
+
+
+def hub_revision(config: JobConfig) -> str | None:
+    """The commit that the job's branch or tag is at in the local hub cache; else as given."""
+    revision = config.model.revision
+    if config.model.path.startswith("bundled:") or Path(config.model.path).is_absolute():
+        return revision
+    reference = _hub_folder(config) / "refs" / (revision or "main")
+    return reference.read_text().strip() if reference.is_file() else revision
 
 
 def prepared_key(config: JobConfig) -> str:
@@ -248,7 +257,8 @@ def prepared_key(config: JobConfig) -> str:
         files += sorted(path for path in model.iterdir() if path.is_file())
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     data = config.data.model_dump(exclude={"cache_dir", "batching"}, mode="json")
-    model_keys = config.model.model_dump(include={"path", "revision", "trust_remote_code"})
+    model_keys = config.model.model_dump(include={"path", "trust_remote_code"})
+    model_keys["revision"] = hub_revision(config)  # the same for a branch and its commit
     text = json.dumps([PREPARED_VERSION, model_keys, data, stamps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -4,13 +4,18 @@ RUN_DIR/
   config.yaml            the job file as given
   job.json               the checked configuration, overrides applied, paths absolute
   plan.json              the resolved plan
-  logs/attempt-N/        one log per rank, rank-R.error when a rank failed
+  logs/attempt-N/        one log per rank, rank-R.error when a rank failed; from the job script
+                         rank-R.ready, first-error, error (the cause) and Slurm's messages
   metrics.jsonl          one line per logged step
   attempts.jsonl         when each attempt began, and how long its start took, by part
   tensorboard/           with logging.report_to: [tensorboard]
   checkpoints/step-00000200/
   model/                 the exported model
-  stop-N                 made by a user or a batch script: attempt N shall stop
+  stop-N                 made by a user or a batch script: attempt N shall stop; says why
+  job.sh                 the job script, with `sft-job submit`
+  submissions.jsonl      each time it was submitted
+  progress               saved step at the beginning of each attempt since then
+  save_seconds           what the last checkpoint took
   INTERRUPTED | DONE     how the last attempt ended
 
 CACHE_DIR/
@@ -33,8 +38,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sft_job.config import JobConfig
 from sft_job.errors import RunDirError
+from sft_job.schema import JobConfig
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -54,6 +59,11 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.done = self.path / "DONE"
         self.interrupted = self.path / "INTERRUPTED"
+        self.script = self.path / "job.sh"
+        self.submissions = self.path / "submissions.jsonl"
+        self.progress = self.path / "progress"
+        self.save_seconds = self.path / "save_seconds"
+        self.submitit = self.path / "submitit"
 
     def logs(self, attempt: int) -> Path:
         return self.path / "logs" / f"attempt-{attempt}"
@@ -63,6 +73,17 @@ class RunDir:
 
     def error(self, attempt: int, rank: int) -> Path:
         return self.logs(attempt) / f"rank-{rank}.error"
+
+    def ready(self, attempt: int, rank: int) -> Path:
+        return self.logs(attempt) / f"rank-{rank}.ready"
+
+    def first_error(self, attempt: int) -> Path:
+        """Of the rank that was first to fail."""
+        return self.logs(attempt) / "first-error"
+
+    def cause(self, attempt: int) -> Path:
+        """Why the attempt failed, as the job script has found out."""
+        return self.logs(attempt) / "error"
 
     def stop_file(self, attempt: int) -> Path:
         return self.path / f"stop-{attempt}"

@@ -18,14 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sft_job import cli, flops, hardware, workers
 from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
-from sft_job.config import JobConfig, load
+from sft_job.config import load
 from sft_job.errors import (
     DiskSpaceError,
     Interrupted,
@@ -35,6 +35,7 @@ from sft_job.errors import (
 from sft_job.plan import Plan, plan_of, processes, show
 from sft_job.prepared import Prepared, find_prepared, read_facts
 from sft_job.rundir import RunDir, append_line, read_json, write_atomically
+from sft_job.schema import JobConfig
 from sft_job.workers import Phases, Place, Workers
 
 if TYPE_CHECKING:
@@ -170,15 +171,26 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     run_dir = RunDir(config.run.dir)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     attempt = int(os.environ.get(workers.ATTEMPT) or restarts + 1)
+    watched = workers.ATTEMPT in os.environ  # by a launcher or a job script
     stop.file = run_dir.stop_file(attempt)
     try:
-        if not launched:
-            _prepare_without_launcher(config, job, overrides, place, run_dir, stop)
-        train(config, run_dir, place, stop, attempt, phases, launched=launched)
+        with ExitStack() as held:
+            if not launched:
+                if watched:
+                    run_dir.ready(attempt, place.rank).touch()
+                if place.rank == 0:
+                    run_dir.claim(config, job.read_text(encoding="utf-8"))
+                    held.enter_context(_alone(run_dir))
+                if run_dir.done.exists():
+                    return 0
+                _prepare_without_launcher(
+                    config, job, overrides, place, run_dir, stop, attempt if watched else None
+                )
+            train(config, run_dir, place, stop, attempt, phases, launched=launched)
     except Interrupted:
         pass  # the marker is written; whoever started us turns it into 75
     except BaseException as error:
-        if not launched:
+        if not watched:
             raise
         code = 1
         try:
@@ -187,7 +199,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
             # The other ranks may be waiting for this one in a collective, and so would an orderly
             # exit; the launcher ends them.
             os._exit(code)
-    if launched:
+    if watched:
         # Everything is on disk. Taking the interpreter and torch apart takes a second or more;
         # the loggers' own exit functions are called.
         atexit._run_exitfuncs()
@@ -204,14 +216,27 @@ def _prepare_without_launcher(
     place: Place,
     run_dir: RunDir,
     stop: StopRequest,
+    attempt: int | None,
 ) -> None:
-    """Under torchrun or srun: rank 0 prepares, the others look for the result on the disk."""
+    """Under torchrun or srun: rank 0 prepares, the others look for the result on the disk.
+
+    Args:
+        attempt: of the job script, which has taken the marker of an earlier one away; else None.
+    """
     if place.rank == 0:
-        run_dir.claim(config, job.read_text(encoding="utf-8"))
         run_dir.interrupted.unlink(missing_ok=True)
-        prepare(config, job, overrides, stop)
+        try:
+            prepare(config, job, overrides, stop)
+        except Interrupted as error:
+            write_atomically(run_dir.interrupted, json.dumps({"message": error.what}) + "\n")
+            raise
+        except SystemExit as error:  # said already, in the log of this rank
+            said = run_dir.log(attempt, 0).read_text(errors="replace") if attempt else ""
+            raise WorkerError(
+                "the data could not be prepared" + "\n".join(said.rpartition("error: ")[1:])
+            ) from error
     while find_prepared(config) is None:
-        if stop:
+        if stop or (attempt and run_dir.interrupted.exists()):
             raise Interrupted(f"interrupted by {stop.reason} while the data is prepared")
         time.sleep(0.5)
 

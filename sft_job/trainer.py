@@ -32,12 +32,12 @@ from transformers import (
 from sft_job import checkpoint, fsdp, loss, selftest, zero3
 from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
-from sft_job.config import JobConfig, Zero3
 from sft_job.dataset import StepBatch, Steps
 from sft_job.errors import ConfigError, TrainingError
 from sft_job.metrics import Meter, Reporter, peak_memory_gib
 from sft_job.plan import Plan, lost_lines
-from sft_job.rundir import RunDir
+from sft_job.rundir import RunDir, write_atomically
+from sft_job.schema import JobConfig, Zero3
 from sft_job.world import World
 
 # TrainingArguments that follow from the job file; train.extra may not set them.
@@ -333,6 +333,7 @@ class SftTrainer(Trainer):
                 torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
                 self.state.save_to_json(str(folder / "trainer_state.json"))
 
+        began = time.monotonic()
         checkpoint.publish(
             self.run_dir,
             step,
@@ -343,6 +344,9 @@ class SftTrainer(Trainer):
             needed_bytes=self.plan.checkpoint_bytes,
         )
         self.last_saved = step
+        if self.world.is_main:  # a job script keeps twice that before the end of its time
+            seconds = math.ceil(time.monotonic() - began)
+            write_atomically(self.run_dir.save_seconds, f"{seconds}\n")
         if self.world.is_main:
             checkpoint.drop_old(self.run_dir, self.config.checkpoint.keep, step)
 

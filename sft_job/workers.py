@@ -117,16 +117,17 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
             environ["MASTER_ADDR"],
             int(environ["MASTER_PORT"]),
         )
-    # SLURM sets these for the batch script as well; only a step with several tasks has workers.
+    # SLURM sets these for the batch script as well; a step of our job script has workers, and so
+    # has any step with several tasks.
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "SLURM_PROCID" in environ and tasks > 1:
+    if "SLURM_PROCID" in environ and (tasks > 1 or ATTEMPT in environ):
         return Place(
             int(environ["SLURM_PROCID"]),
             int(environ["SLURM_LOCALID"]),
             tasks,
             int(environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
             environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
-            int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000),
+            int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 12768),
         )
     return None
 
@@ -152,7 +153,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def report_failure(run_dir: RunDir, attempt: int, rank: int, error: BaseException) -> int:
-    """Leave this worker's error where the launcher looks for it; returns the exit code."""
+    """Leave this worker's error where launcher and job script look; returns the exit code."""
     expected = isinstance(error, SftJobError)
     code = error.exit_code if isinstance(error, SftJobError) else 1
     record = {
@@ -162,6 +163,15 @@ def report_failure(run_dir: RunDir, attempt: int, rank: int, error: BaseExceptio
         "traceback": "".join(traceback.format_exception(error)),
     }
     write_atomically(run_dir.error(attempt, rank), json.dumps(record) + "\n")
+    kind = "" if expected else f"{type(error).__name__}: "
+    lines = [f"node {socket.gethostname()}, rank {rank}: {kind}{error}"]
+    if not expected:
+        lines.append(str(record["traceback"]))
+    try:
+        with open(run_dir.first_error(attempt), "x", encoding="utf-8") as file:
+            file.write("\n".join(lines).rstrip() + "\n")
+    except FileExistsError:
+        pass  # another rank was first; this one may have failed for want of it
     return code
 
 

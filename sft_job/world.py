@@ -6,7 +6,10 @@ mix with the engines' collectives.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,13 +80,19 @@ def join(place: Place, hardware: Hardware) -> World:
                 remedy="install a CUDA build of torch that fits the driver, "
                 "or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the CPU",
             )
-        index = place.local_rank if torch.cuda.device_count() > 1 else 0
+        index = _device_index(place.local_rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes the GPU of this number
         device = torch.device("cuda", index)
         _refuse_missing_code(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    over_network = place.world_size > place.local_world_size
+    if over_network and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = _interface(place.master_addr)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(place.rank, place.local_rank, place.world_size, device, group)
@@ -106,6 +115,49 @@ def _refuse_missing_code(capability: tuple[int, int], architectures: Sequence[st
             remedy="install a release of torch that has: V100 needs one of CUDA 12.8 or older, "
             "such as 2.10",
         )
+
+
+def _device_index(local_rank: int, visible: int) -> int:
+    """The GPU of this process: its SLURM_LOCALID's, or the only one that it has been given.
+
+    Raises:
+        HardwareError: there are several, but not one for each process.
+    """
+    if visible == 1:
+        if local_rank:
+            print(f"process {local_rank} of this machine sees one GPU alone, and takes it")
+        return 0
+    if local_rank >= visible:
+        raise HardwareError(
+            f"process {local_rank} of this machine has no GPU of its own: {visible} are visible",
+            remedy="start at most one process for each GPU",
+        )
+    return local_rank
+
+
+def _interface(master_addr: str) -> str | None:
+    """The network interface over which this machine and the first one reach each other; gloo
+    would take the address of the host's own name, on many machines 127.0.1.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            master = socket.gethostbyname(master_addr)
+            # Its own name, as many distributions write it into /etc/hosts: then the default route
+            # decides (192.0.2.1 is nobody's). Connecting a datagram socket sends nothing.
+            own_name = master in ("127.0.0.1", "127.0.1.1")
+            probe.connect(("192.0.2.1" if own_name else master, 9))
+        except OSError:
+            return None  # the process group will say what cannot be reached
+        names: dict[str, str] = {}
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+            except OSError:
+                continue  # no IPv4 address
+            names[socket.inet_ntoa(answer[20:24])] = name
+        # On the first machine itself, the way to its address is the loopback; its address is not.
+        wanted = probe.getsockname()[0] if own_name else master
+        return names.get(wanted) or names.get(probe.getsockname()[0])
 
 
 def leave() -> None:

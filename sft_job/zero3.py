@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft_job.config import JobConfig, Zero3
 from sft_job.errors import CheckpointError, HardwareError, ModelError
 from sft_job.loss import LossScale
 from sft_job.model import DTYPES, WeightFiles, build, make_trainable, missing_names
 from sft_job.plan import Plan
+from sft_job.schema import JobConfig, Zero3
 from sft_job.world import World
 
 

@@ -139,7 +139,11 @@ def make_job(folder: Path, model: Path | str, data: Path, **changes: Any) -> Pat
 def environment() -> dict[str, str]:
     """The environment of a user's shell: nothing that a launcher would set."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or (name not in dropped and not name.startswith("SLURM_"))
+    }
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

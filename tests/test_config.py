@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sft_job import config as schema
-from sft_job.config import NOT_YET, Fsdp, JobConfig, Section, Zero3, expand, known_keys, load
+from sft_job import schema
+from sft_job.config import NOT_YET, known_keys, load
 from sft_job.errors import ConfigError
+from sft_job.schema import Fsdp, JobConfig, Section, Zero3, expand
 
 
 def add(job_file: Path, text: str) -> Path:
@@ -465,8 +466,6 @@ def test_a_hugging_face_argument_named_like_an_engine_is_an_unknown_key(job_file
 NOT_YET_WRITTEN = {
     "data.eval": "data.eval=null",
     "checkpoint.asynchronous": "checkpoint.asynchronous=true",
-    "container": "container=null",
-    "slurm": "slurm={nodes: 2}",
 }
 
 
@@ -485,12 +484,35 @@ def test_every_key_of_later_versions_is_tried():
 
 
 def test_several_keys_of_later_versions_are_refused_at_once(job_file):
-    """With their lines; what is inside such a section is not looked at."""
-    add(job_file, "slurm: {nodes: 2, anything: 1}\ncontainer: {type: pyxis}\n")
-    assert [fault.split(": ")[:2] for fault in faults(job_file)] == [
-        ["job.yaml:4", "slurm"],
-        ["job.yaml:5", "container"],
-    ]
+    """Each by its name."""
+    found = faults(job_file, *NOT_YET_WRITTEN.values())
+    assert len(found) == len(NOT_YET)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("container=x.sif", "container: must be {type: apptainer} or {type: pyxis}, not 'x.sif'"),
+        ("container={type: docker, image: x}",
+         "container: container.type must be apptainer or pyxis, not {'type': 'docker', "),
+        ("container={type: pyxis}", "container: container.image is missing"),
+        ("container={type: pyxis, image: x, nv: true}", "container.nv: unknown key; container "),
+        ("slurm={gpus_per_node: 4, partitoin: x}",
+         "slurm.partitoin: unknown key; did you mean slurm.partition?"),
+        ("slurm={nodes: 2}", "slurm: slurm.gpus_per_node is missing"),
+        ("slurm={gpus_per_node: 4, time_min: 0}", "slurm.time_min: input should be greater than"),
+    ],
+)  # fmt: skip
+def test_faults_of_the_cluster_sections(override, said, job_file):
+    (found,) = faults(job_file, override)
+    assert f"override {said}" in found
+
+
+def test_processes_are_the_gpus_of_a_submitted_job(job_file):
+    (found,) = faults(job_file, "slurm={gpus_per_node: 4}", "run.processes=2")
+    assert found.startswith(
+        "override run.processes: processes (2) differs from slurm.gpus_per_node"
+    )
 
 
 @pytest.mark.parametrize(
@@ -624,7 +646,9 @@ OTHER_JOB = [
 ]
 
 
-@pytest.mark.parametrize("override", SAME_JOB)
+@pytest.mark.parametrize(
+    "override", [*SAME_JOB, "slurm={gpus_per_node: 4}", "container={type: pyxis, image: x}"]
+)
 def test_identity_ignores_what_does_not_change_the_numbers(override, job_file):
     """A job may be resumed with other values of these."""
     assert load(job_file, [override]).identity() == load(job_file).identity()
@@ -650,10 +674,12 @@ def test_identity_ignores_the_options_of_an_engine(job_file):
 def test_every_key_is_on_one_side_of_the_identity():
     """A new key must be sorted into one of the two lists above."""
     sections = {"model", "data", "train", "engine", "checkpoint", "logging", "run"}
+    sections |= {"slurm", "container"}
     sorted_keys = {item.partition("=")[0] for item in [*SAME_JOB, *OTHER_JOB]}
     # One file cannot stand for two here, and there is only one template.
     apart = {"data.train", "data.template"}
-    options = {key for key in known_keys() if key.startswith(("engine.stage3_", "engine.off"))}
+    parts = ("engine.stage3_", "engine.off", "slurm.", "container.")
+    options = {key for key in known_keys() if key.startswith(parts)}
     assert set(known_keys()) == sections | sorted_keys | apart | options
 
 

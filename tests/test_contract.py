@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from sft_job import trainer, zero3
-from sft_job.config import JobConfig
+from sft_job.schema import JobConfig
 
 
 @pytest.mark.parametrize(

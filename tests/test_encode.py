@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_job import config, export, model
+from sft_job import export, model, schema
 from sft_job.conversations import Conversation, Exchange, Trainable, Turn, read, trainable
 from sft_job.encode import Encoder, Sample, check_tokenizer, spec_of
 from sft_job.errors import DataError, ModelError
@@ -332,7 +332,7 @@ def test_model_folder_with_bare_tokenizer_model_is_converted_once(tmp_path: Path
     for name, text in own.items():
         (source / name).write_text(text)
     cache = CacheDir(tmp_path / "cache")
-    asked = config.Model(path=str(source))
+    asked = schema.Model(path=str(source))
     folder = model.prepare_folder(asked, cache, online=False)
     assert (folder / "model.safetensors").is_symlink()
     for name, text in own.items():

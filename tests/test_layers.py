@@ -17,7 +17,7 @@ PACKAGE = Path(sft_job.__file__).parent
 ENTRY = 5
 TABLE = {
     0: {"errors"},
-    1: {"config", "cli"},
+    1: {"schema", "config", "cli"},
     2: {
         "rundir",
         "conversations",
@@ -32,6 +32,9 @@ TABLE = {
         "choices",
         "workers",
         "plan",
+        "jobscript",
+        "slurm",
+        "follow",
     },
     3: {
         "world",
@@ -45,11 +48,11 @@ TABLE = {
         "checkpoint",
     },
     4: {"fsdp", "zero3", "selftest", "trainer", "export"},
-    ENTRY: {"train", "data", "chat"},
+    ENTRY: {"train", "submit", "data", "chat"},
 }
 LAYER = {name: layer for layer, names in TABLE.items() for name in names}
 # What a layer without torch may import besides the standard library.
-THIRD_PARTIES = {0: set(), 1: {"pydantic", "yaml"}, 2: {"pydantic", "yaml", "rich"}}
+THIRD_PARTIES = {0: set(), 1: {"pydantic", "yaml"}, 2: {"pydantic", "yaml", "rich", "submitit"}}
 HEAVY = ["torch", "transformers", "accelerate", "deepspeed", "numpy", "tokenizers", "safetensors"]
 
 
@@ -178,7 +181,7 @@ def test_configuration_is_read_by_attribute():
 
 def test_the_number_of_files_stays_in_the_budget():
     """Those of the design, and the few that docs/decisions.md gives a reason for."""
-    assert len(list(PACKAGE.glob("*.py"))) <= 36
+    assert len(list(PACKAGE.glob("*.py"))) <= 40
 
 
 def test_every_file_stays_in_the_budget():

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sft_job import rundir
-from sft_job.config import JobConfig, load
+from sft_job.config import load
 from sft_job.errors import RunDirError
 from sft_job.rundir import CacheDir, RunDir, publish_dir, read_json, write_atomically
+from sft_job.schema import JobConfig
 
 
 def names(folder: Path) -> list[str]:

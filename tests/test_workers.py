@@ -97,7 +97,7 @@ def test_a_rank_without_a_world_is_a_place_in_part(name):
 
 def test_a_slurm_step_with_several_tasks_is_a_place(scontrol):
     """One task per rank; rendezvous on the first node, at a port made from the job's number."""
-    assert find_place(STEP) == Place(5, 1, 8, 4, "node1", 20000 + 41234567 % 20000)
+    assert find_place(STEP) == Place(5, 1, 8, 4, "node1", 20000 + 41234567 % 12768)
     assert scontrol.read_text() == "show hostnames node[1-2]\n"
 
 

@@ -1,0 +1,190 @@
+"""A submitted job from outside: where it is, its output, its end.
+
+Files first, Slurm where it knows. Nothing here needs accounting: a job that Slurm has forgotten
+has left its marks in the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft_job import slurm
+from sft_job.errors import EXIT_INTERRUPTED, RunDirError
+from sft_job.rundir import RunDir, read_json
+
+COMMANDS = ("status", "logs", "cancel")
+ALIVE = {
+    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+    "SPECIAL_EXIT", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "PREEMPTED",
+}  # fmt: skip
+POLL_S = 1.0
+LOST_S = 120.0
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sft-job submit", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="state, attempt, step, speed, what is left")
+    commands.add_parser("logs", help="the output").add_argument(
+        "-f", "--follow", action="store_true", help="until the job ends"
+    )
+    commands.add_parser("cancel", help="save a checkpoint, then end the job")
+    for command in commands.choices.values():
+        command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+        command.add_argument("--debug", action="store_true", help="show the traceback of any error")
+    args = parser.parse_args(argv)
+    run_dir = RunDir(args.run_dir.absolute())
+    if not run_dir.job_file.exists():
+        raise RunDirError("no job in this folder", where=str(run_dir.path))
+    if args.command == "status":
+        print("\n".join(status(run_dir)))
+        return 0
+    if args.command == "logs":
+        return logs(run_dir, to_the_end=args.follow)
+    return cancel(run_dir)
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The complete records of a JSON-lines file; none where it is not there."""
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # half of one, that is being written
+    return found
+
+
+def last_submission(run_dir: RunDir) -> dict[str, Any] | None:
+    records = lines_of(run_dir.submissions)
+    return records[-1] if records else None
+
+
+def attempts(run_dir: RunDir) -> int:
+    return run_dir.next_attempt() - 1
+
+
+def job_state(run_dir: RunDir) -> str:
+    """One word: of the marks in the run directory, else of Slurm."""
+    if run_dir.done.exists():
+        return "DONE"
+    last = last_submission(run_dir)
+    if last is None:
+        return "INTERRUPTED" if run_dir.interrupted.exists() else "NOT SUBMITTED"
+    known = slurm.state(last["job"]) if last["cluster"] == "slurm" else None
+    if known in ALIVE:
+        return str(known)
+    attempt = attempts(run_dir)
+    if attempt and run_dir.cause(attempt).exists():
+        return "FAILED"
+    if run_dir.interrupted.exists():
+        return "INTERRUPTED"
+    return known or "UNKNOWN"
+
+
+def status(run_dir: RunDir) -> Iterator[str]:
+    """What a user wants to know, a line each."""
+    last, attempt = last_submission(run_dir), attempts(run_dir)
+    state = job_state(run_dir)
+    job = f", job {last['job']} ({last['via']})" if last else ""
+    yield f"state        {state}{job}"
+    yield f"attempts     {attempt}"
+    records = lines_of(run_dir.metrics_file)
+    if records:
+        newest = records[-1]
+        plan = read_json(run_dir.plan_file) if run_dir.plan_file.exists() else {}
+        steps = plan.get("steps")
+        yield f"step         {newest['step']}{f' of {steps}' if steps else ''}"
+        yield (
+            f"speed        {newest['tokens_per_second']:,.0f} tokens/s, "
+            f"{newest['seconds_per_step']:.2f} s a step, loss {newest['loss']:.4f}"
+        )
+        if steps and state == "RUNNING":
+            yield f"time left    {_duration((steps - newest['step']) * newest['seconds_per_step'])}"
+    saved = [
+        s for s in run_dir.checkpoint_steps() if (run_dir.checkpoint(s) / "manifest.json").exists()
+    ]
+    yield f"checkpoint   {run_dir.checkpoint(saved[0]) if saved else 'none yet'}"
+    yield f"logs         {run_dir.logs(attempt) if attempt else 'none yet'}"
+    if run_dir.interrupted.exists() and state != "DONE":
+        yield f"interrupted  {read_json(run_dir.interrupted)['message']}"
+    if attempt and run_dir.cause(attempt).exists():
+        first, *rest = run_dir.cause(attempt).read_text(errors="replace").splitlines() or [""]
+        yield f"failed       {first.removeprefix('error: ')}"
+        yield from (f"             {line}" for line in rest)
+    if run_dir.done.exists():
+        yield f"model        {run_dir.model}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def logs(run_dir: RunDir, *, to_the_end: bool) -> int:
+    """Print the job script's output and that of rank 0, attempt by attempt."""
+    shown: dict[Path, int] = {}
+    while True:
+        over = not to_the_end or job_state(run_dir) not in ALIVE
+        files = sorted(run_dir.path.glob("slurm-*.log"), key=lambda f: f.stat().st_mtime)
+        for number in range(1, attempts(run_dir) + 1):
+            files += [f for f in (run_dir.log(number, 0),) if f.exists()]
+        for file in files:
+            with open(file, "rb") as handle:
+                handle.seek(shown.get(file, 0))
+                content = handle.read()
+            if content:
+                if file not in shown:
+                    print(f"--- {file}")
+                shown[file] = shown.get(file, 0) + len(content)
+                sys.stdout.write(content.decode(errors="replace"))
+                sys.stdout.flush()
+        if over:
+            return 0
+        time.sleep(POLL_S)
+
+
+def cancel(run_dir: RunDir) -> int:
+    """A running job saves itself and ends; one that waits leaves the queue."""
+    last = last_submission(run_dir)
+    state = job_state(run_dir)
+    if last is None or state not in ALIVE:
+        print(f"nothing to cancel: {state}")
+        return 0
+    if state == "RUNNING":
+        # The job script looks for it, and wakes the ranks as soon as they can be.
+        run_dir.stop_file(attempts(run_dir)).write_text("cancelled by the user\n")
+        print(
+            f"job {last['job']} saves a checkpoint and ends; sft-job submit status {run_dir.path}"
+        )
+        return 0
+    slurm.ask("scancel", last["job"])
+    print(f"job {last['job']} was {state}; it is out of the queue")
+    return 0
+
+
+def wait(run_dir: RunDir) -> int:
+    """Return when the job has ended, for Slurm too: 0 done, 75 interrupted, 1 failed."""
+    last, quiet_since = last_submission(run_dir), None
+    while True:
+        state = job_state(run_dir)
+        known = slurm.state(last["job"]) if last and last["cluster"] == "slurm" else None
+        if state in ALIVE or known in ALIVE:
+            quiet_since = None
+        elif known != "NODE_FAIL" or state == "DONE":
+            break
+        else:  # the job of a lost node is in no queue for some seconds, then in it again
+            quiet_since = quiet_since or time.monotonic()
+            if time.monotonic() - quiet_since > LOST_S:
+                break
+        time.sleep(POLL_S)
+    print("\n".join(status(run_dir)))
+    return {"DONE": 0, "INTERRUPTED": EXIT_INTERRUPTED}.get(state, 1)

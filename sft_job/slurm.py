@@ -1,0 +1,240 @@
+"""Slurm from outside: what it says about jobs and partitions; a job under submitit. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft_job.errors import EXIT_INTERRUPTED, Interrupted, SlurmError, WorkerError
+from sft_job.rundir import RunDir
+from sft_job.schema import Slurm
+
+TIMEOUT_S = 30.0
+
+# --- under submitit ---------------------------------------------------------------------
+
+REQUEUE = 76
+"""Exit code of the job script under submitit: interrupted, to be put back into the queue."""
+
+
+@dataclass
+class Attempt:
+    """What submitit calls: the job script, which does here what it does under sbatch.
+
+    submitit puts the job back into the queue when `checkpoint` returns. It calls that on its own
+    signal; an attempt that has stopped for another reason sends itself this signal.
+    """
+
+    run_dir: str
+
+    def __post_init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"run_dir": self.run_dir}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def command(self) -> list[str]:
+        return ["bash", str(RunDir(self.run_dir).script)]
+
+    def __call__(self) -> str:
+        """Returns the run directory when the job is done.
+
+        Raises:
+            WorkerError: it failed; the first line says where and why.
+            Interrupted: it was stopped and shall not be put back.
+        """
+        run_dir = RunDir(self.run_dir)
+        environment = os.environ | {"SFT_JOB_SUBMITIT": "1"}
+        self._child = subprocess.Popen(self.command(), env=environment)
+        while (code := self._child.poll()) is None:
+            time.sleep(0.2)
+        if code in (REQUEUE, self.interrupted_code()):
+            import submitit
+
+            os.kill(os.getpid(), submitit.JobEnvironment._usr_sig())
+            time.sleep(600)  # the handler ends this process
+        if code == EXIT_INTERRUPTED:
+            raise Interrupted("interrupted; submit it again to go on", where=self.run_dir)
+        if code:
+            cause = run_dir.cause(run_dir.next_attempt() - 1)
+            said = cause.read_text() if cause.exists() else f"exit code {code}"
+            raise WorkerError(said.removeprefix("error: ").strip(), where=self.run_dir)
+        return self.run_dir
+
+    def interrupted_code(self) -> int:
+        return REQUEUE
+
+    def checkpoint(self) -> Any:
+        """Called in the signal's handler: wait until everything is saved, then ask to go on."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGUSR1)
+            while self._child.poll() is None:
+                time.sleep(0.2)
+        code = self._child.returncode if self._child else None
+        if code not in (0, REQUEUE, self.interrupted_code()):
+            return None  # failed, or not to be put back: submitit says so
+        return DelayedSubmission(self)
+
+
+class LocalAttempt(Attempt):
+    """On this machine, without Slurm: the launcher instead of the job script."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "sft_job.train", str(RunDir(self.run_dir).job_file)]
+
+    def interrupted_code(self) -> int:
+        return EXIT_INTERRUPTED
+
+
+# --- asking Slurm -----------------------------------------------------------------------
+
+
+def ask(*command: str) -> str:
+    """What a Slurm command prints.
+
+    Raises:
+        SlurmError: it is not here, fails, or does not answer.
+    """
+    try:
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(
+            f"{command[0]} is not on this machine",
+            remedy="submit from a login node of the cluster, "
+            "or run the job here with `sft-job train`",
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(
+            f"{command[0]} does not answer within {TIMEOUT_S:.0f} s",
+            remedy="the controller may be down: try again, or ask your site",
+        ) from error
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip() or f"exit code {error.returncode}"
+        raise SlurmError(f"{command[0]} refuses: {said}") from error
+    return answer.stdout
+
+
+def sbatch(run_dir: RunDir, after: str | None) -> str:
+    """Put the run directory's script into the queue; returns the job id."""
+    options = [f"--dependency=afterany:{after}"] if after else []
+    said = ask("sbatch", "--parsable", f"--chdir={run_dir.path}", *options, str(run_dir.script))
+    return said.strip().split(";")[0]  # with federations: id;cluster
+
+
+def state(job: str) -> str | None:
+    """PENDING, RUNNING, ...; None when Slurm does not know the job any more."""
+    try:
+        found = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+    except SlurmError as error:
+        if "Invalid job id" in error.what:
+            return None
+        raise
+    return found.split()[0] if found.split() else None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A line of sinfo: a partition and one kind of its nodes."""
+
+    name: str
+    default: bool
+    up: bool
+    limit_min: int | None
+    nodes: int
+    gres: str
+    features: str
+
+
+def partitions() -> list[Partition]:
+    text = ask("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%f")
+    found = []
+    for line in text.splitlines():
+        name, up, limit, nodes, gres, features = line.split("|", 5)
+        found.append(
+            Partition(
+                name.removesuffix("*"), name.endswith("*"), up == "up", minutes(limit), int(nodes),
+                gres, features,
+            )
+        )  # fmt: skip
+    return found
+
+
+def minutes(limit: str) -> int | None:
+    """A limit as Slurm prints it ([days-]hours:minutes:seconds), in minutes; None without one."""
+    if limit in ("infinite", "UNLIMITED", "n/a"):
+        return None
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, mins, seconds = [0] * (3 - len(parts)) + parts
+    return int(days or 0) * 1440 + hours * 60 + mins + (seconds > 0)
+
+
+def cluster_faults(slurm: Slurm, known: Sequence[Partition]) -> Iterator[str]:
+    """What of the request this cluster cannot give."""
+    names = sorted({p.name for p in known})
+    if slurm.partition is not None:
+        asked = slurm.partition.split(",")
+        for name in asked:
+            if name not in names:
+                yield f"slurm.partition: no {name!r} on this cluster; it has {', '.join(names)}"
+    else:
+        asked = [p.name for p in known if p.default]
+        if not asked:
+            yield f"slurm.partition: this cluster has no default; it has {', '.join(names)}"
+    rows = [p for p in known if p.name in asked]
+    if not rows:
+        return
+    if not any(p.up for p in rows):
+        yield f"slurm.partition: {', '.join(asked)} is down"
+    limits = [p.limit_min for p in rows]
+    if None not in limits and slurm.time_min > max(filter(None, limits), default=0):
+        yield (
+            f"slurm.time_min: {slurm.time_min} is more than {', '.join(asked)} allows "
+            f"({max(filter(None, limits), default=0)})"
+        )
+    per_node = [_gpus(p.gres) for p in rows]
+    fitting = rows
+    if slurm.gpus_per_node:
+        kind = (re.fullmatch(r"gpu:([^:,]+):\d+", slurm.gres or "") or [None, None])[1]
+        fitting = [
+            p for p in rows
+            if any(n >= slurm.gpus_per_node and kind in (None, k) for k, n in _gpus(p.gres))
+        ]  # fmt: skip
+        if not fitting:
+            has = sorted({f"{n} {k or 'GPU'}" for row in per_node for k, n in row}) or ["no GPU"]
+            yield (
+                f"slurm.gpus_per_node: no node of {', '.join(asked)} has {slurm.gpus_per_node} "
+                f"{kind or 'GPU(s)'}; they have {', '.join(has)}"
+            )
+            return
+    if sum(p.nodes for p in fitting) < slurm.nodes:
+        yield (
+            f"slurm.nodes: {slurm.nodes} asked for, {', '.join(asked)} has "
+            f"{sum(p.nodes for p in fitting)} such nodes"
+        )
+
+
+def _gpus(gres: str) -> list[tuple[str | None, int]]:
+    """(type, number) of GPUs in a gres text such as gpu:a100:4(S:0-1),nvme:1."""
+    found = re.findall(r"gpu:(?:([^:,(]+):)?(\d+)", gres)
+    return [(kind or None, int(number)) for kind, number in found]

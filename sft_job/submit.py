@@ -1,0 +1,404 @@
+"""`sft-job submit`: a job file is checked, put into a SLURM queue, and followed.
+
+    sft-job submit job.yaml [key=value ...] [--via sbatch | submitit] [--dry-run] [--wait]
+    sft-job submit status RUN_DIR        where the job is
+    sft-job submit logs RUN_DIR [-f]     its output
+    sft-job submit cancel RUN_DIR        save a checkpoint, then end
+
+Runs on a login node: no torch, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft_job import cli, follow, jobscript, slurm
+from sft_job.config import load
+from sft_job.conversations import read_trainable
+from sft_job.errors import (
+    ConfigError,
+    DataError,
+    FaultList,
+    RunDirError,
+    SftJobError,
+    SlurmError,
+    SubmitError,
+    WorkerError,
+)
+from sft_job.plan import Plan, gib, plan_for
+from sft_job.prepared import find_prepared, hub_revision, model_facts, weight_files
+from sft_job.rundir import RunDir, append_line, write_atomically
+from sft_job.schema import Apptainer, JobConfig
+
+# Kinds of file system that belong to one machine alone.
+LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay"}
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in follow.COMMANDS:
+        return follow.main(argv)
+    parser = cli.job_parser("submit", "Check a job and put it into a SLURM queue.")
+    parser.epilog = f"Then: sft-job submit {{{','.join(follow.COMMANDS)}}} RUN_DIR"
+    parser.add_argument("--via", choices=["sbatch", "submitit"], default="sbatch")
+    parser.add_argument(
+        "--cluster", choices=["slurm", "local"], default="slurm",
+        help="local: with --via submitit, run on this machine, to try",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check and print, submit nothing")
+    parser.add_argument("--wait", action="store_true", help="return when the job has ended")
+    parser.add_argument("--after", metavar="JOBID", help="start when that job has ended")
+    parser.add_argument("--fetch", action="store_true", help="fetch the model, encode the data")
+    args = parser.parse_intermixed_args(argv)
+    if args.cluster == "local" and args.via != "submitit":
+        parser.error("--cluster local goes with --via submitit")
+    return submit(args)
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Check -> claim -> write the script -> queue."""
+    config = load(args.job, args.overrides)
+    if args.fetch:
+        fetch(config, args.job, args.overrides)
+    if revision := hub_revision(config):
+        pinned = config.model.model_copy(update={"revision": revision})
+        config = config.model_copy(update={"model": pinned})
+    run_dir = RunDir(config.run.dir)
+    plan, notes = check(config, local=args.cluster == "local", waits_for=args.after)
+    text = script_of(config, plan)
+    for note in notes:
+        print(note)
+    if args.dry_run:
+        print(f"\n--- {run_dir.script}\n{text}")
+        return 0
+    run_dir.claim(config, args.job.read_text(encoding="utf-8"))
+    # What runs is job.json: overrides applied, paths absolute, the model's commit fixed.
+    write_atomically(run_dir.job_file, config.model_dump_json(indent=2) + "\n")
+    write_atomically(run_dir.script, text)
+    write_atomically(run_dir.progress, "")
+    Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+    job = queue(config, run_dir, args, plan)
+    record = {"time": time.time(), "job": job, "via": args.via, "cluster": args.cluster}
+    append_line(run_dir.submissions, json.dumps(record))
+    print(f"submitted: job {job}\n  sft-job submit status {run_dir.path}")
+    return follow.wait(run_dir) if args.wait else 0
+
+
+def script_of(config: JobConfig, plan: Plan | None) -> str:
+    grace = jobscript.grace_s(config, plan.checkpoint_bytes if plan else None)
+    return jobscript.script(config, sys.executable, grace, os.environ)
+
+
+def queue(config: JobConfig, run_dir: RunDir, args: argparse.Namespace, plan: Plan | None) -> str:
+    """Submit the run directory's script; returns the job id."""
+    if args.via == "sbatch":
+        return slurm.sbatch(run_dir, args.after)
+    import submitit
+
+    grace = jobscript.grace_s(config, plan.checkpoint_bytes if plan else None)
+    assert config.slurm is not None  # checked by script_of
+    options = jobscript.options(config.slurm, config, grace)
+    # Its own signal, to the batch process alone, which is Python by the `exec`.
+    options |= {"signal": f"B:{submitit.JobEnvironment.USR_SIG}@{grace}"}
+    if args.after:
+        options["dependency"] = f"afterany:{args.after}"
+    run_dir.submitit.mkdir(exist_ok=True)
+    with contextlib.chdir(run_dir.path):  # sbatch's output goes where it is called
+        if args.cluster == "local":
+            executor: Any = submitit.LocalExecutor(folder=run_dir.submitit)
+            executor.update_parameters(timeout_min=config.slurm.time_min)
+            return str(executor.submit(slurm.LocalAttempt(str(run_dir.path))).job_id)
+        executor = submitit.SlurmExecutor(
+            folder=run_dir.submitit,
+            max_num_timeout=10**6,
+            python=f"exec {shlex.quote(sys.executable)}",
+        )
+        executor.update_parameters(
+            use_srun=False, stderr_to_stdout=True, wckey=None, time=config.slurm.time_min,
+            additional_parameters=options,
+        )  # fmt: skip
+        try:
+            return str(executor.submit(slurm.Attempt(str(run_dir.path))).job_id)
+        except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+            raise SlurmError(f"sbatch refuses: {error}") from error
+
+
+# --- checks ------------------------------------------------------------------------------
+
+
+def check(
+    config: JobConfig, *, local: bool, waits_for: str | None
+) -> tuple[Plan | None, list[str]]:
+    """Everything that can be known before the job waits in a queue.
+
+    Returns:
+        The plan for the GPU that is named, and a line for everything that was looked at.
+
+    Raises:
+        SubmitError: all reasons not to submit, at once.
+    """
+    faults: list[str] = []
+    lines: list[str] = []
+
+    def look(what: str, checked: Callable[[], Iterator[str]]) -> None:
+        try:
+            lines.extend(f"{what:<10} {line}" for line in checked())
+        except FaultList as error:
+            faults.extend(error.faults)
+        except SftJobError as error:
+            faults.append(str(error))
+
+    plan: Plan | None = None
+
+    def planned() -> Iterator[str]:
+        nonlocal plan
+        plan = yield from _plan(config)
+
+    look("script", lambda: _script(config))
+    look("run.dir", lambda: _run_dir(config, waits_for))
+    look("data", lambda: _data(config))
+    look("model", lambda: _model(config))
+    look("container", lambda: _container(config))
+    look("plan", planned)
+    look("disk", lambda: _disk(config, plan))
+    if not local:
+        look("cluster", lambda: _cluster(config))
+    if faults:
+        raise SubmitError(list(dict.fromkeys(faults)))
+    return plan, lines
+
+
+def _existing(path: Path) -> Path:
+    """The path, or what of it is there already."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _script(config: JobConfig) -> Iterator[str]:
+    """Refuses what no script can carry."""
+    lines = script_of(config, None).count("\n")
+    yield f"{RunDir(config.run.dir).script}, {lines} lines"
+
+
+def _run_dir(config: JobConfig, waits_for: str | None) -> Iterator[str]:
+    run_dir = RunDir(config.run.dir)
+    folder = _existing(run_dir.path)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise RunDirError(
+            "cannot be written to", where=str(folder), remedy="choose another run.dir"
+        )
+    if run_dir.done.exists():
+        raise RunDirError(
+            "this job is done", where=str(run_dir.path), remedy="choose another run.dir"
+        )
+    last = follow.last_submission(run_dir)
+    if last is not None and last["job"] != waits_for and last["cluster"] == "slurm":
+        state = slurm.state(last["job"])
+        if state in follow.ALIVE:
+            raise RunDirError(
+                f"job {last['job']} works on it: {state}",
+                where=str(run_dir.path),
+                remedy=f"sft-job submit status {run_dir.path}, or cancel",
+            )
+    kind = _file_system(folder)
+    local = ": is it on all nodes? they are asked before the job begins" if kind in LOCAL else ""
+    yield f"{run_dir.path} ({kind}{local})"
+
+
+def _file_system(folder: Path) -> str:
+    """Type of the file system that holds a folder, as /proc/self/mountinfo has it."""
+    folder = folder.resolve()
+    best, kind = -1, "unknown"
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        left, _, right = line.partition(" - ")
+        mount = left.split()[4].encode().decode("unicode_escape")
+        if folder.is_relative_to(mount) and len(mount) >= best:
+            best, kind = len(mount), right.split()[0]
+    return kind
+
+
+def _data(config: JobConfig) -> Iterator[str]:
+    prepared = find_prepared(config)
+    if prepared is not None:
+        yield f"{prepared.stats.samples:,} samples, encoded: {prepared.data_folder}"
+        return
+    for file in config.data.files():
+        if not os.access(file, os.R_OK):
+            raise DataError([f"{file}: cannot be read by this user"])
+    kept, _, _ = read_trainable(config.data.files())
+    yield (
+        f"{len(kept):,} conversations, not encoded yet: the job does it when it starts, with all "
+        "its GPUs waiting; `sft-job data encode` or --fetch does it before"
+    )
+
+
+def _model(config: JobConfig) -> Iterator[str]:
+    path = config.model.path
+    if find_prepared(config) is not None or path.startswith("bundled:"):
+        yield f"{path}, ready"
+        return
+    # Raises where a folder is not a model.
+    facts = model_facts(config, None)
+    if Path(path).is_absolute():
+        missing = [str(f) for f in weight_files(Path(path)) if not f.is_file()]
+        if missing:
+            raise SubmitError([f"model.path: {file} is missing" for file in missing])
+        yield f"{path}, {facts.parameters or 0:,} parameters" if facts else path
+    elif facts is None or hub_revision(config) is None:
+        if not config.run.online:
+            raise SubmitError(
+                [f"model.path: {path} is not in the hub cache, and compute nodes are offline; "
+                 "fetch it here with --fetch"]
+            )  # fmt: skip
+        yield f"{path}, fetched by the job (run.online)"
+    else:
+        yield f"{path} at {hub_revision(config)}"
+
+
+def _container(config: JobConfig) -> Iterator[str]:
+    container = config.container
+    if container is None:
+        yield f"none: {sys.executable}"
+        return
+    if isinstance(container, Apptainer) and "://" not in container.image:
+        image = Path(container.image)
+        if not os.access(image, os.R_OK):
+            raise SubmitError(
+                [f"container.image: no such file, or not readable: {container.image}"]
+            )
+        if image.is_file():
+            with open(image, "rb") as file:
+                # A line for the shell, then this (Singularity image format).
+                if b"SIF_MAGIC" not in file.read(64):
+                    raise SubmitError([f"container.image: not a SIF file: {container.image}"])
+    for path in container.bind:
+        if not os.path.exists(path):
+            raise SubmitError([f"container.bind: not there: {path}"])
+    yield f"{container.type}: {container.image}"
+
+
+def _plan(config: JobConfig) -> Any:
+    """Yields lines; returns the plan for the GPU that is named."""
+    if config.slurm is None or config.slurm.gpu is None or not config.slurm.gpus_per_node:
+        yield "not checked: slurm.gpu does not say on which GPU"
+        return None
+    count = config.slurm.nodes * config.slurm.gpus_per_node
+    plan = plan_for(config, config.slurm.gpu, count, None)
+    if plan.memory is None or plan.memory_room is None:
+        yield "not checked: nothing is known of the model"
+        return plan
+    used = (
+        f"{gib(plan.memory.total)} of {gib(plan.memory_room)} usable GiB on each of {plan.device}"
+    )
+    if plan.memory.total > plan.memory_room:
+        remedy = f"; {plan.remedy}" if plan.remedy else ""
+        raise SubmitError([f"plan: does not fit: {used}{remedy}"])
+    yield used
+    return plan
+
+
+def _disk(config: JobConfig, plan: Plan | None) -> Iterator[str]:
+    facts = model_facts(config, find_prepared(config))
+    if facts is None or facts.parameters is None:
+        yield "not checked: nothing is known of the model"
+        return
+    folder = _existing(Path(config.run.dir))
+    free = shutil.disk_usage(folder).free
+    # fp32 weights and Adam's two moments; the model in at most 4 bytes
+    least = 16 * facts.parameters
+    if free < least:
+        raise SubmitError(
+            [f"run.dir: one checkpoint and the model need {gib(least)} GiB, "
+             f"{gib(free)} GiB are free: {folder}"]
+        )  # fmt: skip
+    whole = plan.disk_bytes if plan else None
+    if whole is not None and free < whole:
+        yield (
+            f"{gib(free)} GiB free, the whole run grows to {gib(whole)} GiB: set checkpoint.keep"
+        )
+    else:
+        yield f"{gib(free)} GiB free"
+
+
+def _cluster(config: JobConfig) -> Iterator[str]:
+    if config.slurm is None:
+        return
+    known = slurm.partitions()
+    if faults := list(slurm.cluster_faults(config.slurm, known)):
+        raise SubmitError(faults)
+    wanted = config.slurm
+    yield (
+        f"{wanted.nodes} node(s) with {wanted.tasks_per_node(config.run)} task(s) each, partition "
+        f"{wanted.partition or 'of the site'}, {wanted.time_min} min an attempt"
+    )
+    yield from _account(config)
+
+
+def _account(config: JobConfig) -> Iterator[str]:
+    """Whether this user may use account and QOS, where the site keeps accounts."""
+    wanted = config.slurm
+    if wanted is None or (wanted.account is None and wanted.qos is None):
+        return
+    import getpass
+
+    user = getpass.getuser()
+    query = ("list", "assoc", f"user={user}", "format=account,qos")
+    try:
+        text = slurm.ask("sacctmgr", "--noheader", "--parsable2", *query)
+    except SlurmError as error:
+        yield f"account and QOS not checked: {error.what}"
+        return
+    rows = [line.split("|") for line in text.splitlines() if line]
+    accounts = sorted({row[0] for row in rows})
+    if wanted.account is not None and wanted.account not in accounts:
+        raise SubmitError(
+            [f"slurm.account: {user} has no account {wanted.account!r}; "
+             f"{', '.join(accounts) or 'none at all'}"]
+        )  # fmt: skip
+    allowed = {q for row in rows for q in row[1].split(",") if wanted.account in (None, row[0])}
+    if wanted.qos is not None and wanted.qos not in allowed:
+        raise SubmitError(
+            [f"slurm.qos: {user} may not use {wanted.qos!r}; {', '.join(sorted(allowed))}"]
+        )
+
+
+def fetch(config: JobConfig, job: Path, overrides: Sequence[str]) -> None:
+    """Model and encoded data into the cache, on this machine, with what the job runs in.
+
+    Raises:
+        WorkerError: it did not work (the reason has been printed).
+    """
+    if find_prepared(config) is not None:
+        return
+    Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+    words: list[str] = []
+    if isinstance(config.container, Apptainer):
+        seen = jobscript.bound(config, os.environ)
+        writable = [path for path in seen.writable if Path(path).is_dir()]
+        hub = [p for p in seen.readable if "huggingface" in p or p == os.environ.get("HF_HOME")]
+        seen = jobscript.Bound([*writable, *hub], [*seen.readable, str(job.resolve())])
+        words, _ = jobscript.container_command(config, seen)
+        words = [word for word in words if word != "--nv"]
+    elif config.container is not None:
+        raise ConfigError(
+            ["--fetch: Pyxis has no containers on a login node; run `sft-job data encode` where "
+             "the package is installed with [train], with run.online=true"]
+        )  # fmt: skip
+    python = config.container.python if config.container else sys.executable
+    encode = [python, "-m", "sft_job.data", "encode", str(job.resolve()), *overrides]
+    code = subprocess.run([*words, *encode, "run.online=true"], check=False).returncode
+    if code:
+        raise WorkerError("--fetch: model and data could not be made ready")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

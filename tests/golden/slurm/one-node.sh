@@ -1,0 +1,223 @@
+#!/bin/bash
+# One attempt at a training job: one task for each GPU; saved, requeued and continued until done.
+# Made by `sft-job submit`. To submit it again by hand: sbatch --chdir=RUN_DIR RUN_DIR/job.sh
+#SBATCH --job-name=run
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=1440
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+
+RUN_DIR=/shared/job/run
+PYTHON=/opt/sft/bin/python
+CONTAINER=()
+SRUN=()
+NEEDED=(
+    /opt/sft/bin/python
+)
+NODES=1
+TASKS_PER_NODE=4
+GRACE_S=120
+REQUEUE=1
+
+set -u
+
+node=${SLURMD_NODENAME:-$(hostname)}
+say() { printf '%s  %s\n' "$(date +%FT%T)" "$*"; }
+fail() {
+    printf 'error: %s\n' "$1"
+    exit "${2:-1}"
+}
+
+cd -- "$RUN_DIR" || fail "node $node: the run directory is not there: $RUN_DIR"
+mkdir -p logs || fail "node $node: the run directory cannot be written: $RUN_DIR"
+
+# --- how far the job is
+
+# Step of the newest complete checkpoint; 0 without one.
+saved_step() {
+    local folder step=0
+    for folder in checkpoints/step-*; do
+        [ ! -e "$folder/manifest.json" ] || step=${folder##*-}
+    done
+    echo "$((10#$step))"
+}
+
+# Whether the two attempts before have begun where the job stands now.
+stuck() {
+    [ -e progress ] && [ "$(wc -l < progress)" -ge 2 ] &&
+        [ "$(tail -n 2 progress | sort -u)" = "$(saved_step)" ]
+}
+
+STUCK="two attempts in a row have saved nothing new (step $(saved_step)); not tried again: look \
+into $RUN_DIR/logs, mend it, submit again"
+
+[ ! -e DONE ] || { say "this job is done; its model is in $RUN_DIR/model"; exit 0; }
+! stuck || fail "$STUCK"
+
+attempt=1
+while ! mkdir "logs/attempt-$attempt" 2> /dev/null; do
+    [ -d "logs/attempt-$attempt" ] || fail "node $node: cannot write to $RUN_DIR/logs"
+    attempt=$((attempt + 1))
+done
+logs=logs/attempt-$attempt
+stop=stop-$attempt
+saved_step >> progress
+rm -f INTERRUPTED
+say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $(saved_step)"
+
+# --- how an attempt ends
+
+# This attempt has failed: the cause first, also where `sft-job submit status` finds it.
+give_up() {
+    printf 'error: %s\n' "${1#0 }" | tee "$logs/error"
+    say "more in $RUN_DIR/$logs"
+    exit "${2:-1}"
+}
+
+requeue() {
+    say "$1; saved up to step $(saved_step)"
+    if grep -q '^cancelled' "$stop" 2> /dev/null; then
+        exit 75
+    elif stuck; then
+        give_up "$STUCK"
+    elif [ "$REQUEUE" = 0 ]; then
+        say "slurm.requeue is false: submit the job again to go on"
+        exit 75
+    elif [ -n "${SFT_JOB_SUBMITIT:-}" ]; then
+        exit 76 # submitit puts the job back
+    elif timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
+        say "requeued"
+        sleep 300 & wait $! # Slurm ends this script
+        exit 75
+    elif timeout 60 sbatch --chdir="$RUN_DIR" --dependency="afterany:$SLURM_JOB_ID" job.sh; then
+        say "this site does not requeue: a successor is in the queue"
+        exit 75
+    fi
+    fail "neither requeued nor followed by another job: submit the job again to go on" 75
+}
+
+# --- when to stop
+
+ranks=$((NODES * TASKS_PER_NODE))
+told=
+# Ranks look for the stop file after each step. They are woken once they all can be: a process
+# whose handler does not stand yet would die of the signal.
+tell() {
+    [ -z "$told" ] && [ "$(find "$logs" -name 'rank-*.ready' | wc -l)" -ge "$ranks" ] || return 0
+    told=1
+    scancel --signal=USR1 "$SLURM_JOB_ID" # the steps, not this shell
+}
+ask_to_stop() {
+    [ -e "$stop" ] || { say "asked to stop by $1"; printf '%s\n' "$1" > "$stop"; }
+    tell
+}
+trap 'ask_to_stop "the batch system"' USR1
+trap 'ask_to_stop "SIGTERM"' TERM
+
+# Seconds before the end that saving needs.
+reserve() {
+    local saved=0
+    [ ! -r save_seconds ] || read -r saved < save_seconds
+    echo $((2 * saved > GRACE_S ? 2 * saved : GRACE_S))
+}
+
+# Seconds since the epoch at which Slurm ends the job; nothing where it does not say.
+end_of_job() {
+    local end
+    end=$(timeout 20 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2> /dev/null)
+    case $end in 2*T*) date -d "$end" +%s ;; esac
+}
+
+# --- every node first: what a rank would fail of without saying where
+
+export RUN_DIR
+export SFT_JOB_ATTEMPT=$attempt
+printf '%s\n' "$SLURM_JOB_ID.$attempt" > "$logs/token"
+# shellcheck disable=SC2016 # expanded on each node
+check='
+    node=${SLURMD_NODENAME:-$(hostname)}
+    [ "$(cat "$RUN_DIR/$1/token" 2>/dev/null)" = "$2" ] ||
+        { echo "0 node $node: the run directory is not on this node: $RUN_DIR"; exit 1; }
+    shift 2
+    for path; do
+        [ -r "$path" ] || { echo "0 node $node: not there or not readable: $path"; exit 1; }
+    done'
+srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --gpu-bind=none \
+    bash -c "$check" check "$logs" "$SLURM_JOB_ID.$attempt" "${NEEDED[@]}" \
+    > "$logs/check.log" 2>&1 ||
+    give_up "$(sed 's/^srun: error: //' "$logs/check.log" | sort | head -n 1)"
+
+# --- the ranks
+
+# A port below those that the kernel gives away.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12768))
+cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))}
+[ "$cpus" -ge 1 ] || cpus=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+# As `sft-job train` does: glibc else gives large blocks back and faults them in anew.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2147483648}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+if [ "${CONTAINER[0]:-}" = apptainer ]; then
+    command -v apptainer > /dev/null || fail "node $node: apptainer is not installed"
+    # Tasks of a node in one set of namespaces, for GPU peer access; Apptainer 1.3 and newer. What
+    # it writes for that goes into the home folder by default, which may not be there.
+    export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-/tmp/sft_job-$SLURM_JOB_ID}
+    ! apptainer exec --help 2> /dev/null | grep -q -e --sharens ||
+        CONTAINER=(apptainer exec --sharens "${CONTAINER[@]:2}")
+fi
+
+# --gpu-bind=none: a rank takes the GPU of its SLURM_LOCALID; isolating each breaks CUDA IPC.
+srun --nodes="$NODES" --ntasks="$ranks" --ntasks-per-node="$TASKS_PER_NODE" \
+    --cpus-per-task="$cpus" --cpu-bind=cores --gpu-bind=none --kill-on-bad-exit=1 \
+    --output="$logs/rank-%t.log" "${SRUN[@]}" \
+    "${CONTAINER[@]}" "$PYTHON" -m sft_job.train "$RUN_DIR/job.json" 2> "$logs/srun.log" &
+srun_pid=$!
+seconds=0
+end=
+while kill -0 "$srun_pid" 2> /dev/null; do
+    if [ $((seconds % 60)) -eq 0 ]; then # it may be changed while the job runs
+        now=$(end_of_job)
+        end=${now:-$end}
+    fi
+    if [ -n "$end" ] && [ "$(date +%s)" -ge $((end - $(reserve))) ]; then
+        ask_to_stop "the time limit"
+    elif [ -e "$stop" ]; then
+        tell
+    fi
+    sleep 1 & wait $!
+    seconds=$((seconds + 1))
+done
+wait "$srun_pid"
+code=$?
+
+# --- how it ended
+
+[ ! -e DONE ] || { say "done: $RUN_DIR/model"; exit 0; }
+[ ! -e INTERRUPTED ] || requeue "$(sed 's/^{"message": "\(.*\)"}$/\1/' INTERRUPTED)"
+
+# A process that the system ended could not say why, and Slurm may tell of it after others, which
+# failed for want of it.
+killed() {
+    local how='Killed|Segmentation fault|Bus error|Illegal instruction|Out Of Memory'
+    sed -nE "s/^srun: error: ([^:]*): tasks? ([^:]*): ($how).*/node \\1, rank \\2: ended by the system: \\3/p" |
+        head -n 1
+}
+lost_peer='Connection (closed|reset) by peer|[Rr]emote process (exited|has terminated)|Broken pipe'
+first=$(sed '/Terminating/q' "$logs/srun.log" | killed)
+if [ -z "$first" ] && ! head -n 1 "$logs/first-error" 2> /dev/null | grep -qE "$lost_peer"; then
+    first=$(cat "$logs/first-error" 2> /dev/null)
+fi
+[ -n "$first" ] || first=$(killed < "$logs/srun.log")
+[ -n "$first" ] || first=$(cat "$logs/first-error" 2> /dev/null)
+[ -n "$first" ] || first=$(sed -n 's/^srun: error: //p' "$logs/srun.log" | head -n 1)
+[ -n "$first" ] || first="srun ended with exit code $code and no message"
+give_up "$first" $((code > 0 ? code : 1))

@@ -1,0 +1,248 @@
+"""Job scripts: whole texts, and that no name breaks out of its place."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_job import jobscript
+from sft_job.config import load
+from sft_job.errors import ConfigError
+from sft_job.schema import JobConfig
+from sft_job.workers import MALLOC
+from tests.runs import ROOT, make_conversations, make_job
+
+GOLDEN = ROOT / "tests" / "golden" / "slurm"
+PYTHON = "/opt/sft/bin/python"
+
+
+def config_of(folder: Path, **changes: Any) -> JobConfig:
+    """A job of which only the script matters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = make_conversations(folder / "data.json", 1)
+    return load(make_job(folder, "org/model", data, **changes))
+
+
+def moved(config: JobConfig, folder: Path) -> JobConfig:
+    """The same job with its paths under /shared, as in the golden files."""
+    text = config.model_dump_json().replace(str(folder), "/shared/job")
+    return JobConfig.model_validate_json(text)
+
+
+ONE = {"nodes": 1, "gpus_per_node": 4}
+MANY = {
+    "nodes": 8, "gpus_per_node": 8, "gres": "gpu:h100:8", "partition": "gpu", "account": "a b",
+    "qos": "long", "constraint": "ib&nvme", "reservation": "r1", "comment": 'say "hi" \\o/',
+    "time_min": 2880, "cpus_per_task": 12, "exclusive": False, "requeue": False, "grace_s": 600,
+    "setup": ["module load cuda", "export NCCL_IB_HCA=mlx5"],
+    "extra": {"mem": "900G", "mail-user": "me@example.org", "nice": 100, "spread-job": True},
+}  # fmt: skip
+APPTAINER = {
+    "type": "apptainer", "image": "/shared/images/sft job.sif", "bind": ["/scratch/it's, mine"],
+}  # fmt: skip
+PYXIS = {"type": "pyxis", "image": "registry.example.org#sft_job:0.1", "bind": ["/scratch"]}
+CASES: dict[str, dict[str, Any]] = {
+    "one-node": {"slurm": ONE},
+    "many-nodes": {"slurm": MANY},
+    "apptainer": {"slurm": ONE, "container": APPTAINER},
+    "pyxis": {"slurm": ONE | {"nodes": 2}, "container": PYXIS},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_script(name: str, tmp_path: Path) -> None:
+    """As stored; after a deliberate change: SFT_JOB_GOLDEN=write make test."""
+    config = moved(config_of(tmp_path, **CASES[name]), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        # The data file of a golden script is not on this machine.
+        patch.setattr(type(config.data), "files", lambda self: [Path(self.train[0])])
+        text = jobscript.script(config, PYTHON, 120, {"HF_HOME": "/shared/hf"})
+    file = GOLDEN / f"{name}.sh"
+    if os.environ.get("SFT_JOB_GOLDEN") == "write":
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shellcheck_is_content(name: str) -> None:
+    """The stored scripts, by the tool itself."""
+    checker = shutil.which("shellcheck") or str(Path(os.sys.executable).with_name("shellcheck"))
+    result = subprocess.run([checker, GOLDEN / f"{name}.sh"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_malloc_is_set_as_for_local_workers() -> None:
+    text = (ROOT / "slurm" / "job.sh").read_text()
+    for name, value in MALLOC.items():
+        assert f"export {name}=${{{name}:-{value}}}\n" in text
+
+
+# --- names that mean something to a shell ------------------------------------------------
+
+AWKWARD = [
+    " ", "'", '"', "$HOME", "`id`", "$(touch hacked)", ";", "&", "|", "\n", "\t", "é", "名", "*",
+    "\\", "#", "~", "{a,b}", "!", "<", ">", "(", ")", "[x]", "=", "%j", "-", ",",
+]  # fmt: skip
+
+FAKE_SRUN = """#!/bin/bash
+printf '%s\\0' "$@" >> "$RECORD"
+printf '\\n\\n' >> "$RECORD"
+[ "${FAIL:-}" = "" ] || { echo "srun: error: n1: task 0: $FAIL" >&2; exit 1; }
+[[ " $* " == *" sft_job.train "* ]] && touch DONE
+exit 0
+"""
+
+
+def awkward_name(rng: random.Random) -> str:
+    return "x" + "".join(rng.choices(AWKWARD, k=rng.randint(1, 6))) + "y"
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slurm's commands, as far as a script calls them."""
+    folder = tmp_path_factory.mktemp("bin")
+    scripts = {
+        "srun": FAKE_SRUN,
+        "scontrol": "#!/bin/bash\necho n1\n",
+        "squeue": "#!/bin/bash\necho N/A\n",
+        "scancel": "#!/bin/bash\n",
+        "apptainer": "#!/bin/bash\n",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def run_script(script: Path, tools: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1",
+        "SLURM_CPUS_ON_NODE": "4", "HOME": "/nowhere",
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", script], env=environment | environ, capture_output=True, text=True, timeout=60
+    )
+
+
+def calls(record: Path) -> list[list[str]]:
+    """The arguments of each call of srun."""
+    return [call.split("\0") for call in record.read_text().split("\0\n\n")[:-1]]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_awkward_names_reach_srun_as_they_are(seed: int, tmp_path: Path, tools: Path) -> None:
+    """Random paths, with and without containers: bash reads the script, shellcheck finds nothing,
+    and srun gets exactly the arguments that are meant."""
+    rng = random.Random(seed)
+    names = [awkward_name(rng) for _ in range(4)]
+    root = tmp_path / names[0]
+    root.mkdir(parents=True)
+    data = make_conversations(root / f"{names[1]}.json", 1)
+    image = root / f"{names[2]}.sif"
+    kind = rng.choice(["none", "apptainer", "pyxis"])
+    changes: dict[str, Any] = {"slurm": {"nodes": 2, "gpus_per_node": 2}}
+    if kind == "apptainer":
+        changes["container"] = {"type": "apptainer", "image": str(image), "python": names[3]}
+    elif kind == "pyxis":
+        changes["container"] = {"type": "pyxis", "image": names[2], "python": names[3]}
+    config = load(
+        make_job(tmp_path, "org/model", data, **changes), [f"run.dir={quoted(root / 'run')}"]
+    )
+    python = f"/opt/{names[3]}/python"
+    if kind == "pyxis" and any(mark in str(root) + str(data) for mark in ":,"):
+        with pytest.raises(ConfigError, match="cannot mount a path with a colon or a comma"):
+            jobscript.script(config, python, 120, {"HF_HOME": "/hf"})
+        return
+    script = tmp_path / "job.sh"
+    script.write_text(jobscript.script(config, python, 120, {"HF_HOME": "/hf"}))
+    (root / "run").mkdir()
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    record = tmp_path / "record"
+    result = run_script(script, tools, RECORD=str(record))
+    assert result.returncode == 0, result.stdout + result.stderr
+    check, ranks = calls(record)
+    words, options = jobscript.container_command(
+        config, jobscript.bound(config, {"HF_HOME": "/hf"})
+    )
+    interpreter = config.container.python if config.container else python
+    run_dir = config.run.dir
+    assert ranks[-4 - len(words) :] == [
+        *words, interpreter, "-m", "sft_job.train", f"{run_dir}/job.json"
+    ]  # fmt: skip
+    assert [o for o in ranks if o.startswith("--container") or o.startswith("--no-container")] == (
+        options
+    )
+    needed = {"none": [python], "apptainer": [str(image)], "pyxis": []}[kind]
+    assert check[check.index("check") + 1 :] == ["logs/attempt-1", "7.1", *needed]
+    assert not list(tmp_path.rglob("hacked")) or "hacked" in str(root)
+
+
+def quoted(path: Path) -> str:
+    """A YAML scalar."""
+    import json
+
+    return json.dumps(str(path))
+
+
+def test_the_cause_is_what_the_system_did(tmp_path: Path, tools: Path) -> None:
+    """A killed task before what others say."""
+    config = config_of(tmp_path, slurm=ONE)
+    script = tmp_path / "job.sh"
+    script.write_text(jobscript.script(config, "python3", 120, {"HF_HOME": "/hf"}))
+    Path(config.run.dir).mkdir()
+    record = str(tmp_path / "record")
+    result = run_script(script, tools, RECORD=record, FAIL="Killed")
+    assert result.returncode == 1
+    assert "error: n1: task 0: Killed" in result.stdout
+
+
+# --- what is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slurm", "said"),
+    [
+        ({"extra": {"nodes": 3}}, "slurm.extra: nodes belongs to sft-job; set slurm.nodes"),
+        ({"extra": {"gpus_per_task": 1}}, "set slurm.gpus_per_node"),
+        ({"extra": {"--wrap": "x"}}, "slurm.extra: --wrap belongs to sft-job"),
+        ({"extra": {"a b": 1}}, "'a b' is not the long name of an sbatch option"),
+        ({"account": "a\nb"}, "slurm.account: 'a\\nb' has a control character"),
+        ({"extra": {"licenses": "a\x07"}}, "slurm.extra.licenses: 'a\\x07' has a control"),
+        ({"gres": "gpu:a100:2"}, "slurm.gres: 'gpu:a100:2' is not gpu:4 or gpu:TYPE:4"),
+    ],
+)
+def test_what_no_script_can_carry(slurm: dict[str, Any], said: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, slurm=ONE | slurm)
+    with pytest.raises(ConfigError) as caught:
+        jobscript.script(config, PYTHON, 120, {})
+    assert said in str(caught.value)
+
+
+def test_without_a_slurm_section(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="slurm: is missing"):
+        jobscript.script(config_of(tmp_path), PYTHON, 120, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("vicuna-7b", "vicuna-7b"), ("my run; rm -rf ~", "my_run_rm_-rf"), ("名前", "sft_job"),
+     ("a" * 99, "a" * 60)],
+)  # fmt: skip
+def test_the_job_is_named_after_its_run_directory(name: str, expected: str) -> None:
+    assert jobscript.job_name(Path("/x") / name) == expected
+
+
+def test_seconds_kept_for_saving(tmp_path: Path) -> None:
+    """What the plan expects, at least two minutes, or as asked for."""
+    config = config_of(tmp_path, slurm=ONE)
+    assert jobscript.grace_s(config, None) == 120
+    assert jobscript.grace_s(config, 12 * 70 * 10**9) == 1680
+    asked = config_of(tmp_path, slurm=ONE | {"grace_s": 30})
+    assert jobscript.grace_s(asked, 12 * 70 * 10**9) == 30

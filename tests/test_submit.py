@@ -1,0 +1,228 @@
+"""`sft-job submit` up to the queue, and what is told of a job afterwards. Slurm's tools are faked
+here; tests/cluster has the real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sft_job import follow, slurm
+from sft_job.errors import SlurmError
+from sft_job.rundir import RunDir
+from sft_job.schema import JobConfig, Slurm
+from tests.runs import ROOT, make_conversations, make_job, make_model, sft_job
+
+SINFO = "gpu*|up|1-00:00:00|4|gpu:a100:4(S:0-1)|ib,nvme\nbig|up|infinite|64|gpu:h100:8,nvme:1|ib\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder of Slurm commands that answer, and write down how they were called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    tool(folder, "sinfo", f"cat <<'END'\n{SINFO}END")
+    tool(folder, "squeue", "echo RUNNING")
+    tool(folder, "sbatch", "echo 4711")
+    tool(folder, "scancel", "")
+    tool(folder, "sacctmgr", "exit 1")
+    return folder
+
+
+def tool(folder: Path, name: str, body: str) -> None:
+    text = f"#!/bin/bash\nprintf '%s\\0' {name} \"$@\" >> {folder}/calls; echo >> {folder}/calls\n"
+    (folder / name).write_text(text + body + "\n")
+    (folder / name).chmod(0o755)
+
+
+def called(folder: Path, name: str) -> list[list[str]]:
+    file = folder / "calls"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line.split("\0")[1:-1] for line in lines if line.startswith(f"{name}\0")]
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path) -> Path:
+    data = make_conversations(tmp_path / "data.json", 16)
+    return make_job(tmp_path, model, data, slurm={"nodes": 1, "gpus_per_node": 4})
+
+
+def submit(job: Path, tools: Path, *arguments: str) -> Any:
+    return sft_job("submit", job, *arguments, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+
+
+def test_dry_run_looks_at_everything_and_leaves_nothing(job: Path, tools: Path) -> None:
+    """A line for each thing, the script, and no run directory."""
+    result = submit(job, tools, "--dry-run", "slurm.gpu=a100-80")
+    assert result.returncode == 0, result.stderr
+    looked_at = [line.split()[0] for line in result.stdout.partition("\n\n---")[0].splitlines()]
+    expected = "script run.dir data model container plan disk cluster"
+    assert looked_at == expected.split()
+    assert "16 conversations, not encoded yet" in result.stdout
+    assert "usable GiB on each of 4 x A100" in result.stdout
+    assert "\n#SBATCH --gpus-per-node=4\n" in result.stdout
+    assert not (job.parent / "run").exists()
+    assert called(tools, "sbatch") == []
+
+
+def test_submitted(job: Path, tools: Path) -> None:
+    """The script lies in the run directory, and that is what sbatch gets."""
+    result = submit(job, tools, "--after", "12", "train.learning_rate=5e-4")
+    assert result.returncode == 0, result.stderr
+    run = RunDir(job.parent / "run")
+    assert result.stdout.endswith(f"submitted: job 4711\n  sft-job submit status {run.path}\n")
+    assert called(tools, "sbatch") == [
+        ["--parsable", f"--chdir={run.path}", "--dependency=afterany:12", str(run.script)]
+    ]
+    stored = JobConfig.model_validate_json(run.job_file.read_text())
+    assert stored.train.learning_rate == 5e-4
+    last = follow.last_submission(run)
+    assert last is not None
+    assert (last["job"], last["via"]) == ("4711", "sbatch")
+    again = submit(job, tools, "train.learning_rate=5e-4")
+    assert again.returncode == 2
+    assert f"{run.path}: job 4711 works on it: RUNNING" in again.stderr
+    status = sft_job("submit", "status", run.path, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    assert status.stdout.startswith("state        RUNNING, job 4711 (sbatch)\n")
+
+
+def test_all_reasons_at_once(job: Path, tools: Path) -> None:
+    """What would have failed after hours in a queue, in one message."""
+    wrong = ["slurm.partition=gqu", "slurm.gpu=v100-16", "model.path=meta-llama/Llama-2-7b-hf",
+             "container={type: apptainer, image: gone.sif}", "slurm.extra={output: x}"]  # fmt: skip
+    result = submit(job, tools, *wrong)
+    assert result.returncode == 2
+    assert "reasons not to submit this job:" in result.stderr
+    for reason in (
+        "slurm.partition: no 'gqu' on this cluster; it has big, gpu",
+        "slurm.extra: output belongs to sft-job; set run.dir",
+        "container.image: no such file, or not readable: ",
+        "model.path: meta-llama/Llama-2-7b-hf is not in the hub cache, and compute nodes are "
+        "offline; fetch it here with --fetch",
+        "plan: does not fit: ",
+    ):
+        assert reason in result.stderr
+    assert called(tools, "sbatch") == []
+    assert not (job.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1",
+         "sbatch refuses: sbatch: error: Batch job submission failed: Invalid account"),
+    ],
+)  # fmt: skip
+def test_slurm_refuses(job: Path, tools: Path, body: str, said: str) -> None:
+    tool(tools, "sbatch", body)
+    result = submit(job, tools)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_machine_without_slurm(job: Path) -> None:
+    """What to do instead."""
+    result = sft_job("submit", job, env={"PATH": "/nowhere"})
+    assert result.returncode == 2
+    assert "sinfo is not on this machine" in result.stderr
+    assert "submit from a login node of the cluster, or run the job here" in result.stderr
+
+
+def test_account_and_qos(job: Path, tools: Path) -> None:
+    """Where the site keeps accounts, they are looked up; else it is said that they are not."""
+    asked = ["--dry-run", "slurm.account=proj"]
+    assert "account and QOS not checked: sacctmgr refuses" in submit(job, tools, *asked).stdout
+    tool(tools, "sacctmgr", "echo 'proj|normal,long'; echo 'other|high'")
+    assert submit(job, tools, *asked, "slurm.qos=long").returncode == 0
+    refused = submit(job, tools, *asked, "slurm.qos=high")
+    assert "may not use 'high'; long, normal" in refused.stderr
+    refused = submit(job, tools, "--dry-run", "slurm.account=x")
+    assert "has no account 'x'; other, proj" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"gpus_per_node": 4}, []),
+        ({"gpus_per_node": 4, "gres": "gpu:a100:4"}, []),
+        ({"gpus_per_node": 8},
+         ["slurm.gpus_per_node: no node of gpu has 8 GPU(s); they have 4 a100"]),
+        ({"gpus_per_node": 4, "gres": "gpu:h100:4"},
+         ["slurm.gpus_per_node: no node of gpu has 4 h100; they have 4 a100"]),
+        ({"gpus_per_node": 4, "nodes": 5}, ["slurm.nodes: 5 asked for, gpu has 4 such nodes"]),
+        ({"gpus_per_node": 4, "time_min": 1441},
+         ["slurm.time_min: 1441 is more than gpu allows (1440)"]),
+        ({"gpus_per_node": 8, "partition": "big", "time_min": 99999, "nodes": 64}, []),
+        ({"gpus_per_node": 8, "partition": "gpu,big"}, []),
+    ],
+)  # fmt: skip
+def test_what_the_cluster_cannot_give(
+    request_: dict[str, Any], said: list[str], tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    assert list(slurm.cluster_faults(Slurm(**request_), slurm.partitions())) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("infinite", None), ("30:00", 30), ("1:00:00", 60), ("2-03:04:05", 3065), ("0:30", 1)],
+)  # fmt: skip
+def test_limits_as_slurm_prints_them(text: str, minutes: int | None) -> None:
+    assert slurm.minutes(text) == minutes
+
+
+def test_a_job_that_slurm_has_forgotten(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tool(tools, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert slurm.state("5") is None
+    tool(tools, "squeue", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
+    with pytest.raises(SlurmError, match="squeue refuses: slurm_load_jobs error: Unable"):
+        slurm.state("5")
+
+
+def test_status_of_a_run_that_went_on(tmp_path: Path) -> None:
+    """From the files alone."""
+    run = RunDir(tmp_path / "run")
+    (run.logs(2)).mkdir(parents=True)
+    run.job_file.write_text("{}")
+    run.plan_file.write_text(json.dumps({"steps": 100}))
+    record = {"step": 40, "tokens_per_second": 1234.5, "seconds_per_step": 2.0, "loss": 1.25}
+    run.metrics_file.write_text(json.dumps(record) + '\n{"step": 41, "to')
+    run.interrupted.write_text('{"message": "interrupted by the time limit after step 40"}')
+    run.checkpoint(40).mkdir(parents=True)
+    (run.checkpoint(40) / "manifest.json").write_text("{}")
+    said = sft_job("submit", "status", run.path).stdout.splitlines()
+    assert said == [
+        "state        INTERRUPTED",
+        "attempts     2",
+        "step         40 of 100",
+        "speed        1,234 tokens/s, 2.00 s a step, loss 1.2500",
+        f"checkpoint   {run.checkpoint(40)}",
+        f"logs         {run.logs(2)}",
+        "interrupted  interrupted by the time limit after step 40",
+    ]
+    assert sft_job("submit", "status", tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "site", sorted((ROOT / "slurm" / "sites").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_sites_are_sections_of_a_job_file(site: Path) -> None:
+    """Put into a recipe, they are valid, and name GPUs that the plan knows."""
+    from sft_job.hardware import GPUS
+
+    sections = yaml.safe_load(site.read_text())
+    whole = {"model": {"path": "x/y"}, "data": {"train": ["d"]}, "run": {"dir": "r"}} | sections
+    config = JobConfig.model_validate(whole)
+    assert config.slurm is not None
+    assert config.slurm.gpu is None or config.slurm.gpu in GPUS
