@@ -1,6 +1,7 @@
 # make quickstart    environment, weights, fine-tuning, the model's answers before and after
 # make test          environment, lint, types, tests
 # make accept        quickstart under both engines, its result checked
+# make cluster       jobs on a real Slurm of two nodes on this machine (root, Debian; installs it)
 #
 # Everything goes into .venv and runs/; a second call reuses what is there.
 
@@ -19,7 +20,7 @@ PROCESSES := $(if $(HAS_GPU),,run.processes=2)
 
 QUESTIONS := --prompt "Who are you?" --prompt "Who made you?"
 
-.PHONY: quickstart test accept
+.PHONY: quickstart test accept cluster
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+cluster: $(VENV)/.test
+	SFT_JOB_CLUSTER=$(if $(ALL),all,1) $(BIN)/python -m pytest tests/cluster
 
 accept:
 	$(MAKE) quickstart RUN=runs/accept-fsdp

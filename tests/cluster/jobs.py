@@ -1,0 +1,151 @@
+"""Jobs on the test cluster: made, submitted with the real command, watched."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sft_job import follow
+from sft_job.rundir import RunDir
+from tests.runs import make_conversations, make_job, make_model, metrics, sft_job, weights
+
+SLURM = {"nodes": 2, "gpus_per_node": 2, "time_min": 10, "grace_s": 15}
+
+
+def slurm(*command: str) -> str:
+    """What a Slurm command prints."""
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.strip()
+
+
+def make_cluster_job(folder: Path, **changes: Any) -> Path:
+    """A job of a tiny model on two nodes with two tasks each, its data encoded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make_model(folder / "model")
+    data = make_conversations(folder / "data.json", 128)
+    job = make_job(folder, model, data, slurm=SLURM, **changes)
+    assert sft_job("data", "encode", job).returncode == 0
+    return job
+
+
+def submit(job: Path, run_dir: Path, *arguments: str, **environ: str) -> RunDir:
+    """Submit; the test fails with the program's own words otherwise."""
+    result = sft_job("submit", job, f"run.dir={run_dir}", *arguments, env=environ)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return RunDir(run_dir)
+
+
+def job_id(run: RunDir) -> str:
+    last = follow.last_submission(run)
+    assert last is not None
+    return str(last["job"])
+
+
+def wait_for_step(run: RunDir, step: int, timeout: float = 180) -> None:
+    """Until a step is recorded."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        records = metrics(run)
+        if records and records[-1]["step"] >= step:
+            return
+        state = follow.job_state(run)
+        assert state in follow.ALIVE, f"{state}\n{output(run)}"
+        time.sleep(0.2)
+    raise AssertionError(f"step {step} did not come:\n{output(run)}")
+
+
+def wait_for_end(run: RunDir, timeout: float = 300) -> str:
+    """Until Slurm and the run directory agree that nothing goes on; the state."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        state = follow.job_state(run)
+        last = follow.last_submission(run)
+        assert last is not None
+        # The job of a lost node is in no queue for some seconds.
+        alive = follow.ALIVE | {"NODE_FAIL"}
+        if state not in alive and (follow.slurm.state(last["job"]) not in follow.ALIVE):
+            return state
+        time.sleep(0.2)
+    raise AssertionError(f"still {state}:\n{output(run)}")
+
+
+def output(run: RunDir) -> str:
+    """Everything that the job has said."""
+    files = [*run.path.glob("slurm-*.log"), *run.path.glob("logs/*/*")]
+    files += [*run.path.glob("submitit/*.out"), *run.path.glob("submitit/*.sh")]
+    return "\n".join(
+        f"--- {f.relative_to(run.path)}\n{f.read_text(errors='replace')[-3000:]}"
+        for f in files
+        if f.is_file()
+    )
+
+
+def said(run: RunDir) -> str:
+    """What the job scripts have printed."""
+    return "\n".join(f.read_text(errors="replace") for f in sorted(run.path.glob("slurm-*.log")))
+
+
+def first_error(run: RunDir) -> str:
+    found = re.search(r"^error: (.*)$", said(run), re.MULTILINE)
+    assert found is not None, output(run)
+    return found[1]
+
+
+def assert_same_weights(run: RunDir, expected: RunDir) -> None:
+    """Bit for bit."""
+    ours, theirs = weights(run.model), weights(expected.model)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert different == [], output(run)
+
+
+def last_attempt(run: RunDir) -> int:
+    return follow.attempts(run)
+
+
+def attempts_of(run: RunDir) -> list[int]:
+    """The attempt of each recorded step."""
+    return [record["attempt"] for record in metrics(run)]
+
+
+def rank_process(run: RunDir, rank: int) -> psutil.Process:
+    """The training process of a rank."""
+    for process in psutil.process_iter():
+        try:
+            words, environ = process.cmdline(), process.environ()
+        except psutil.Error:
+            continue
+        if (
+            "sft_job.train" in words
+            and str(run.job_file) in words
+            and environ.get("SLURM_PROCID") == str(rank)
+            and words[0].endswith(("python", "python3", "python3.11"))
+        ):
+            return process
+    raise AssertionError(f"no process of rank {rank}:\n{output(run)}")
+
+
+def node_pid(state: Path, node: str) -> int:
+    """A process in the namespaces of a node."""
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if words[:1] and words[0].endswith("slurmd") and words[-1] == node:
+            return process.pid
+    raise AssertionError(f"no slurmd of {node} ({state})")
+
+
+def stored(run: RunDir) -> dict[str, Any]:
+    """job.json."""
+    found: dict[str, Any] = json.loads(run.job_file.read_text())
+    return found

@@ -1,0 +1,144 @@
+"""Real jobs on a real Slurm: they end with the weights of the same job on one machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from sft_job import follow
+from sft_job.rundir import RunDir
+from tests.cluster import jobs
+from tests.runs import run_job, sft_job
+
+ENGINES = ["fsdp", "zero3"]
+STEPS = 200
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Path) -> Path:
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="session")
+def job(folder: Path) -> Path:
+    changes = {"train.max_steps": STEPS, "checkpoint.every_steps": 50, "checkpoint.keep": 2}
+    return jobs.make_cluster_job(folder / "job", **changes)
+
+
+@pytest.fixture(scope="session")
+def expected(folder: Path, job: Path) -> dict[str, RunDir]:
+    """The undisturbed job on four processes of one machine."""
+    return {
+        name: run_job(
+            job, f"engine.type={name}", f"run.dir={folder}/local-{name}",
+            "run.processes=4", "slurm=null",
+        )
+        for name in ENGINES
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("engine", "via"),
+    [
+        ("fsdp", "sbatch"),
+        ("zero3", "submitit"),
+        # CI has these interrupted and continued, below.
+        pytest.param("fsdp", "submitit", marks=pytest.mark.widest),
+        pytest.param("zero3", "sbatch", marks=pytest.mark.widest),
+    ],
+)
+def test_equals_the_job_on_one_machine(
+    folder: Path, job: Path, expected: dict[str, RunDir], engine: str, via: str
+) -> None:
+    """Two nodes with two tasks each; waited for by the command itself."""
+    run = RunDir(folder / f"{engine}-{via}")
+    options = (f"engine.type={engine}", f"run.dir={run.path}", "--via", via, "--wait")
+    result = sft_job("submit", job, *options)
+    assert result.returncode == 0, result.stdout + result.stderr + jobs.output(run)
+    assert "state        DONE" in result.stdout
+    jobs.assert_same_weights(run, expected[engine])
+    logs = [run.log(1, rank).read_text() for rank in range(4)]
+    assert not [log for log in logs if "Traceback" in log]
+    assert jobs.last_attempt(run) == 1
+
+
+def grace_s(expected: RunDir) -> int:
+    """So that a job with a limit of a minute is stopped some seconds after its first step, as
+    long as that took the same job on one machine."""
+    (start,) = [r["start"] for r in follow.lines_of(expected.attempts_file) if "start" in r]
+    return max(5, 60 - round(1.5 * sum(start.values()) + 6))
+
+
+def signal_steps(run: RunDir, cluster: Path) -> None:
+    jobs.slurm("scancel", "--signal=USR1", jobs.job_id(run))
+
+
+def terminate_steps(run: RunDir, cluster: Path) -> None:
+    jobs.slurm("scancel", "--signal=TERM", jobs.job_id(run))
+
+
+def requeue(run: RunDir, cluster: Path) -> None:
+    jobs.slurm("scontrol", "requeue", jobs.job_id(run))
+
+
+def lose_node(run: RunDir, cluster: Path) -> None:
+    node = "nodename=tn2"
+    jobs.slurm("scontrol", "update", node, "state=down", "reason=test")
+    time.sleep(2)
+    jobs.slurm("scontrol", "update", node, "state=resume")
+
+
+KINDS = {
+    "time limit": None,
+    "scancel --signal": signal_steps,
+    "scancel TERM": terminate_steps,
+    "scontrol requeue": requeue,
+    "node down": lose_node,
+}
+IN_CI = {
+    ("fsdp", "sbatch", "scancel --signal"),
+    ("zero3", "sbatch", "scancel --signal"),
+    ("fsdp", "sbatch", "scontrol requeue"),
+    ("fsdp", "sbatch", "node down"),
+    ("fsdp", "sbatch", "time limit"),
+    ("fsdp", "submitit", "scancel --signal"),
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "via", "kind"),
+    [
+        pytest.param(
+            engine, via, kind, marks=[] if (engine, via, kind) in IN_CI else [pytest.mark.widest]
+        )
+        for engine in ENGINES
+        for via in ("sbatch", "submitit")
+        for kind in KINDS
+    ],
+)
+def test_interrupted_and_continued(
+    folder: Path,
+    job: Path,
+    expected: dict[str, RunDir],
+    cluster: Path,
+    engine: str,
+    via: str,
+    kind: str,
+) -> None:
+    """It goes on by itself, from a checkpoint, and ends with the very weights."""
+    run_dir = folder / f"{engine}-{via}-{kind.replace(' ', '-')}"
+    options = [f"engine.type={engine}", "--via", via]
+    if kind == "time limit":
+        options += ["slurm.time_min=1", f"slurm.grace_s={grace_s(expected[engine])}"]
+    run = jobs.submit(job, run_dir, *options)
+    interrupt = KINDS[kind]
+    if interrupt is not None:
+        jobs.wait_for_step(run, 60)
+        interrupt(run, cluster)
+    assert jobs.wait_for_end(run) == "DONE", jobs.output(run)
+    attempts = jobs.attempts_of(run)
+    assert max(attempts) >= 2, jobs.output(run)
+    assert len(attempts) >= STEPS
+    jobs.assert_same_weights(run, expected[engine])
