@@ -160,7 +160,9 @@ def cancel(run_dir: RunDir) -> int:
         print(f"nothing to cancel: {state}")
         return 0
     if state == "RUNNING":
-        # The job script looks for it, and wakes the ranks as soon as they can be.
+        # The marker first: an attempt that begins just now looks for it alone. The job script
+        # looks for the stop file, and wakes the ranks as soon as they can be.
+        run_dir.cancelled.touch()
         run_dir.stop_file(attempts(run_dir)).write_text("cancelled by the user\n")
         print(
             f"job {last['job']} saves a checkpoint and ends; sft-job submit status {run_dir.path}"
@@ -173,9 +175,9 @@ def cancel(run_dir: RunDir) -> int:
 
 def wait(run_dir: RunDir) -> int:
     """Return when the job has ended, for Slurm too: 0 done, 75 interrupted, 1 failed."""
-    last, quiet_since = last_submission(run_dir), None
+    quiet_since = None
     while True:
-        state = job_state(run_dir)
+        state, last = job_state(run_dir), last_submission(run_dir)
         known = slurm.state(last["job"]) if last and last["cluster"] == "slurm" else None
         if state in ALIVE or known in ALIVE:
             quiet_since = None

@@ -53,6 +53,8 @@ OWNED = {
     "export": "nothing: the script needs the environment",
 }
 
+MEMORY = {"mem", "mem-per-cpu", "mem-per-gpu"}
+
 # Least seconds that are kept for saving; and bytes per second at which a shared file system
 # surely takes a checkpoint.
 GRACE_S = 120
@@ -115,7 +117,7 @@ def options(slurm: Slurm, config: JobConfig, grace: int) -> dict[str, str | int 
         "cpus-per-task": slurm.cpus_per_task,
         "exclusive": slurm.exclusive,
         # --exclusive gives a node's processors, not its memory
-        "mem": 0 if slurm.exclusive and "mem" not in slurm.extra else None,
+        "mem": 0 if slurm.exclusive and not slurm.extra.keys() & MEMORY else None,
         "time": slurm.time_min,
         "partition": slurm.partition,
         "account": slurm.account,

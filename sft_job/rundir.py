@@ -14,6 +14,7 @@ RUN_DIR/
   stop-N                 made by a user or a batch script: attempt N shall stop; says why
   job.sh                 the job script, with `sft-job submit`
   submissions.jsonl      each time it was submitted
+  CANCELLED              by `sft-job submit cancel`: saved, and not requeued
   progress               saved step at the beginning of each attempt since then
   save_seconds           what the last checkpoint took
   INTERRUPTED | DONE     how the last attempt ended
@@ -60,6 +61,7 @@ class RunDir:
         self.done = self.path / "DONE"
         self.interrupted = self.path / "INTERRUPTED"
         self.script = self.path / "job.sh"
+        self.cancelled = self.path / "CANCELLED"
         self.submissions = self.path / "submissions.jsonl"
         self.progress = self.path / "progress"
         self.save_seconds = self.path / "save_seconds"

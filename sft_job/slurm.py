@@ -78,11 +78,13 @@ class Attempt:
         """Called in the signal's handler: wait until everything is saved, then ask to go on."""
         from submitit.helpers import DelayedSubmission
 
-        if self._child is not None and self._child.poll() is None:
+        if self._child is None:  # nothing has begun
+            return DelayedSubmission(self)
+        if self._child.poll() is None:
             self._child.send_signal(signal.SIGUSR1)
             while self._child.poll() is None:
                 time.sleep(0.2)
-        code = self._child.returncode if self._child else None
+        code = self._child.returncode
         if code not in (0, REQUEUE, self.interrupted_code()):
             return None  # failed, or not to be put back: submitit says so
         return DelayedSubmission(self)
@@ -166,7 +168,7 @@ class Partition:
 
 
 def partitions() -> list[Partition]:
-    text = ask("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%f")
+    text = ask("sinfo", "--all", "--noheader", "--format=%P|%a|%l|%D|%G|%f")
     found = []
     for line in text.splitlines():
         name, up, limit, nodes, gres, features = line.split("|", 5)

@@ -86,6 +86,7 @@ def submit(args: argparse.Namespace) -> int:
     write_atomically(run_dir.job_file, config.model_dump_json(indent=2) + "\n")
     write_atomically(run_dir.script, text)
     write_atomically(run_dir.progress, "")
+    run_dir.cancelled.unlink(missing_ok=True)
     Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
     job = queue(config, run_dir, args, plan)
     record = {"time": time.time(), "job": job, "via": args.via, "cluster": args.cluster}

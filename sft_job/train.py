@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import errno
 import fcntl
 import gc
 import json
@@ -104,6 +105,9 @@ def _alone(run_dir: RunDir) -> Iterator[None]:
                 where=str(run_dir.path),
                 remedy="wait for it, or give this job a run.dir of its own",
             ) from error
+        except OSError as error:  # Lustre can be without locks
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
         yield
 
 
@@ -122,11 +126,10 @@ def prepare(config: JobConfig, job: Path, overrides: Sequence[str], stop: StopRe
         if stop:
             child.terminate()
             child.wait()
-            raise Interrupted(
-                f"interrupted by {stop.reason} while preparing the data",
-                remedy="run the same command again",
-            )
         time.sleep(workers.POLL_S)
+    if child.returncode and stop:  # by us, or by a signal to all processes
+        what = f"interrupted by {stop.reason} while preparing the data"
+        raise Interrupted(what, remedy="run the same command again")
     if child.returncode:
         raise SystemExit(child.returncode if child.returncode > 0 else 1)
 
@@ -183,9 +186,8 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
                     held.enter_context(_alone(run_dir))
                 if run_dir.done.exists():
                     return 0
-                _prepare_without_launcher(
-                    config, job, overrides, place, run_dir, stop, attempt if watched else None
-                )
+                number = attempt if watched else None
+                _prepare_without_launcher(config, job, overrides, place, run_dir, stop, number)
             train(config, run_dir, place, stop, attempt, phases, launched=launched)
     except Interrupted:
         pass  # the marker is written; whoever started us turns it into 75
@@ -218,11 +220,8 @@ def _prepare_without_launcher(
     stop: StopRequest,
     attempt: int | None,
 ) -> None:
-    """Under torchrun or srun: rank 0 prepares, the others look for the result on the disk.
-
-    Args:
-        attempt: of the job script, which has taken the marker of an earlier one away; else None.
-    """
+    """Under torchrun or srun: rank 0 prepares, the others look for the result. `attempt`
+    is the job script's, which has taken the marker of an earlier one away; else None."""
     if place.rank == 0:
         run_dir.interrupted.unlink(missing_ok=True)
         try:
@@ -236,7 +235,8 @@ def _prepare_without_launcher(
                 "the data could not be prepared" + "\n".join(said.rpartition("error: ")[1:])
             ) from error
     while find_prepared(config) is None:
-        if stop or (attempt and run_dir.interrupted.exists()):
+        # Under a job script rank 0 alone decides, so that nobody waits for one that has left.
+        if run_dir.interrupted.exists() if attempt else stop:
             raise Interrupted(f"interrupted by {stop.reason} while the data is prepared")
         time.sleep(0.5)
 

@@ -173,8 +173,9 @@ def test_awkward_names_reach_srun_as_they_are(seed: int, tmp_path: Path, tools: 
     )
     interpreter = config.container.python if config.container else python
     run_dir = config.run.dir
-    assert ranks[-4 - len(words) :] == [
-        *words, interpreter, "-m", "sft_job.train", f"{run_dir}/job.json"
+    deaf = ["sh", "-c", 'trap "" USR1 USR2 TERM; exec "$@"', "sh"]
+    assert ranks[-8 - len(words) :] == [
+        *words, *deaf, interpreter, "-m", "sft_job.train", f"{run_dir}/job.json"
     ]  # fmt: skip
     assert [o for o in ranks if o.startswith("--container") or o.startswith("--no-container")] == (
         options

@@ -13,6 +13,10 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 
+# Asked to stop while this is being set up: remembered until it can be said to the ranks.
+early=
+trap 'early=1' USR1 TERM
+
 RUN_DIR=/shared/job/run
 PYTHON=python3
 CONTAINER=(
@@ -85,6 +89,7 @@ while ! mkdir "logs/attempt-$attempt" 2> /dev/null; do
 done
 logs=logs/attempt-$attempt
 stop=stop-$attempt
+[ ! -e CANCELLED ] || { say "cancelled by the user"; exit 75; }
 saved_step >> progress
 rm -f INTERRUPTED
 say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $(saved_step)"
@@ -99,8 +104,19 @@ give_up() {
 }
 
 requeue() {
+    local state why restarts next
     say "$1; saved up to step $(saved_step)"
-    if grep -q '^cancelled' "$stop" 2> /dev/null; then
+    # What Slurm itself has decided meanwhile: a job in the queue again must not be put there twice,
+    # and one that somebody has taken out must not come back.
+    read -r state why restarts <<< "$(timeout 60 scontrol show job -o "$SLURM_JOB_ID" |
+        sed -nE 's/.* JobState=([^ ]*) Reason=([^ ]*) .* Restarts=([0-9]+) .*/\1 \2 \3/p')"
+    if [ -e CANCELLED ]; then
+        exit 75
+    elif [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+        say "Slurm has requeued it"
+        exit 75
+    elif [ "${state:-}" = COMPLETING ] && [ "${why:-}" != TimeLimit ]; then
+        say "cancelled in Slurm: submit the job again to go on"
         exit 75
     elif stuck; then
         give_up "$STUCK"
@@ -113,7 +129,10 @@ requeue() {
         say "requeued"
         sleep 300 & wait $! # Slurm ends this script
         exit 75
-    elif timeout 60 sbatch --chdir="$RUN_DIR" --dependency="afterany:$SLURM_JOB_ID" job.sh; then
+    elif next=$(timeout 60 sbatch --parsable --chdir="$RUN_DIR" \
+        --dependency="afterany:$SLURM_JOB_ID" job.sh); then
+        printf '{"time": %s, "job": "%s", "via": "sbatch", "cluster": "slurm"}\n' \
+            "$(date +%s)" "${next%%;*}" >> submissions.jsonl
         say "this site does not requeue: a successor is in the queue"
         exit 75
     fi
@@ -128,8 +147,7 @@ told=
 # whose handler does not stand yet would die of the signal.
 tell() {
     [ -z "$told" ] && [ "$(find "$logs" -name 'rank-*.ready' | wc -l)" -ge "$ranks" ] || return 0
-    told=1
-    scancel --signal=USR1 "$SLURM_JOB_ID" # the steps, not this shell
+    scancel --signal=USR1 "$SLURM_JOB_ID" && told=1 # the steps, not this shell
 }
 ask_to_stop() {
     [ -e "$stop" ] || { say "asked to stop by $1"; printf '%s\n' "$1" > "$stop"; }
@@ -137,6 +155,7 @@ ask_to_stop() {
 }
 trap 'ask_to_stop "the batch system"' USR1
 trap 'ask_to_stop "SIGTERM"' TERM
+[ -z "$early" ] || ask_to_stop "the batch system"
 
 # Seconds before the end that saving needs.
 reserve() {
@@ -148,17 +167,19 @@ reserve() {
 # Seconds since the epoch at which Slurm ends the job; nothing where it does not say.
 end_of_job() {
     local end
-    end=$(timeout 20 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2> /dev/null)
+    end=$(SLURM_TIME_FORMAT=standard timeout 20 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2> /dev/null)
     case $end in 2*T*) date -d "$end" +%s ;; esac
 }
 
 # --- every node first: what a rank would fail of without saying where
 
 export RUN_DIR
+export SLURM_EXPORT_ENV=ALL # also where sbatch was told to pass nothing on
 export SFT_JOB_ATTEMPT=$attempt
 printf '%s\n' "$SLURM_JOB_ID.$attempt" > "$logs/token"
 # shellcheck disable=SC2016 # expanded on each node
 check='
+    trap "" USR1 USR2 TERM
     node=${SLURMD_NODENAME:-$(hostname)}
     [ "$(cat "$RUN_DIR/$1/token" 2>/dev/null)" = "$2" ] ||
         { echo "0 node $node: the run directory is not on this node: $RUN_DIR"; exit 1; }
@@ -176,7 +197,9 @@ srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1
 # A port below those that the kernel gives away.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12768))
-cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / TASKS_PER_NODE))}
+# Of the node that has fewest: 64(x2),48
+fewest=$(tr , '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE}" | sed 's/(.*//' | sort -n | head -n 1)
+cpus=${SLURM_CPUS_PER_TASK:-$((fewest / TASKS_PER_NODE))}
 [ "$cpus" -ge 1 ] || cpus=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 # As `sft-job train` does: glibc else gives large blocks back and faults them in anew.
@@ -185,7 +208,7 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 if [ "${CONTAINER[0]:-}" = apptainer ]; then
-    command -v apptainer > /dev/null || fail "node $node: apptainer is not installed"
+    command -v apptainer > /dev/null || give_up "node $node: apptainer is not installed"
     # Tasks of a node in one set of namespaces, for GPU peer access; Apptainer 1.3 and newer. What
     # it writes for that goes into the home folder by default, which may not be there.
     export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-/tmp/sft_job-$SLURM_JOB_ID}
@@ -193,11 +216,15 @@ if [ "${CONTAINER[0]:-}" = apptainer ]; then
         CONTAINER=(apptainer exec --sharens "${CONTAINER[@]:2}")
 fi
 
+# A signal that comes before a rank can handle it would end it. Ignored inside the container: what is
+# ignored outside does not stay so. Python takes over when it can.
+# shellcheck disable=SC2016 # expanded there
+deaf=(sh -c 'trap "" USR1 USR2 TERM; exec "$@"' sh)
 # --gpu-bind=none: a rank takes the GPU of its SLURM_LOCALID; isolating each breaks CUDA IPC.
 srun --nodes="$NODES" --ntasks="$ranks" --ntasks-per-node="$TASKS_PER_NODE" \
     --cpus-per-task="$cpus" --cpu-bind=cores --gpu-bind=none --kill-on-bad-exit=1 \
     --output="$logs/rank-%t.log" "${SRUN[@]}" \
-    "${CONTAINER[@]}" "$PYTHON" -m sft_job.train "$RUN_DIR/job.json" 2> "$logs/srun.log" &
+    "${CONTAINER[@]}" "${deaf[@]}" "$PYTHON" -m sft_job.train "$RUN_DIR/job.json" 2> "$logs/srun.log" &
 srun_pid=$!
 seconds=0
 end=
