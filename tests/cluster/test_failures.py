@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_job import follow
 from sft_job.rundir import RunDir
 from tests.cluster import jobs
 from tests.runs import sft_job
@@ -88,6 +89,18 @@ def test_no_progress_is_not_repeated_for_ever(job: Path) -> None:
     assert jobs.wait_for_end(run, 120) == "FAILED", jobs.output(run)
     assert jobs.last_attempt(run) == 2
     assert jobs.first_error(run).startswith("two attempts in a row have saved nothing new (step 0)")
+
+
+def test_cancelled_in_slurm(job: Path) -> None:
+    """Plain scancel: whatever the ranks have saved by the way, the job does not come back."""
+    run = jobs.submit(job, job.parent / "scancelled")
+    jobs.wait_for_step(run, 3)
+    jobs.slurm("scancel", jobs.job_id(run))
+    jobs.wait_for_end(run, SOON_S)
+    time.sleep(10)  # longer than a requeued job takes to begin
+    assert follow.slurm.state(jobs.job_id(run)) == "CANCELLED", jobs.output(run)
+    assert jobs.last_attempt(run) == 1
+    assert len(follow.lines_of(run.submissions)) == 1
 
 
 def test_cancelled_with_a_checkpoint(job: Path) -> None:
