@@ -32,9 +32,8 @@ import yaml
 
 from benchmarks import workload
 from sft_job.config import load
-from sft_job.metrics import read_records
 from sft_job.prepared import find_prepared
-from sft_job.rundir import RunDir
+from sft_job.rundir import RunDir, read_records
 
 FOLDER = workload.WORK / "startup"
 BOUND = 1.5

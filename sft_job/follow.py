@@ -7,7 +7,6 @@ has left its marks in the run directory.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from sft_job import slurm
 from sft_job.errors import EXIT_INTERRUPTED, RunDirError
-from sft_job.rundir import RunDir, read_json
+from sft_job.rundir import RunDir, read_json, read_records
 
 COMMANDS = ("status", "logs", "cancel")
 ALIVE = {
@@ -50,21 +49,8 @@ def main(argv: Sequence[str]) -> int:
     return cancel(run_dir)
 
 
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The complete records of a JSON-lines file; none where it is not there."""
-    if not file.is_file():
-        return []
-    found = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # half of one, that is being written
-    return found
-
-
 def last_submission(run_dir: RunDir) -> dict[str, Any] | None:
-    records = lines_of(run_dir.submissions)
+    records = read_records(run_dir.submissions)
     return records[-1] if records else None
 
 
@@ -97,7 +83,7 @@ def status(run_dir: RunDir) -> Iterator[str]:
     job = f", job {last['job']} ({last['via']})" if last else ""
     yield f"state        {state}{job}"
     yield f"attempts     {attempt}"
-    records = lines_of(run_dir.metrics_file)
+    records = read_records(run_dir.metrics_file)
     if records:
         newest = records[-1]
         plan = read_json(run_dir.plan_file) if run_dir.plan_file.exists() else {}

@@ -116,19 +116,6 @@ def useful_seconds(records: Iterable[Mapping[str, Any]], done: int) -> float:
     return float(sum(latest.values()))
 
 
-def read_records(metrics_file: Path) -> list[dict[str, Any]]:
-    """All whole lines; an attempt that was killed may have left half a line."""
-    if not metrics_file.is_file():
-        return []
-    records = []
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
 class Reporter:
     """Shows progress: a bar on a terminal, plain lines in a log. On the main rank only."""
 

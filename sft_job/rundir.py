@@ -202,6 +202,19 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
 
 
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSON-lines file; a process that was killed may have left half a line."""
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
 def _umask() -> int:
     """Read, not set and set back: another thread could write a file in between."""
     for line in Path("/proc/self/status").read_text().splitlines():

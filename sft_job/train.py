@@ -35,7 +35,7 @@ from sft_job.errors import (
 )
 from sft_job.plan import Plan, plan_of, processes, show
 from sft_job.prepared import Prepared, find_prepared, read_facts
-from sft_job.rundir import RunDir, append_line, read_json, write_atomically
+from sft_job.rundir import RunDir, append_line, read_json, read_records, write_atomically
 from sft_job.schema import JobConfig
 from sft_job.workers import Phases, Place, Workers
 
@@ -424,7 +424,7 @@ def _meter(
     world: World,
 ) -> Meter:
     """Counts from the first attempt on; this one is entered."""
-    from sft_job.metrics import Meter, read_records, useful_seconds
+    from sft_job.metrics import Meter, useful_seconds
 
     facts, entry = read_facts(folder), {"attempt": attempt, "began": phases.began}
     if world.is_main:

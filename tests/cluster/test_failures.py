@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_job import follow
-from sft_job.rundir import RunDir
+from sft_job.rundir import RunDir, read_records
 from tests.cluster import jobs
 from tests.runs import sft_job
 
@@ -100,7 +100,7 @@ def test_cancelled_in_slurm(job: Path) -> None:
     time.sleep(10)  # longer than a requeued job takes to begin
     assert follow.slurm.state(jobs.job_id(run)) == "CANCELLED", jobs.output(run)
     assert jobs.last_attempt(run) == 1
-    assert len(follow.lines_of(run.submissions)) == 1
+    assert len(read_records(run.submissions)) == 1
 
 
 def test_cancelled_with_a_checkpoint(job: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_job import follow
-from sft_job.rundir import RunDir
+from sft_job.rundir import RunDir, read_records
 from tests.cluster import jobs
 from tests.runs import run_job, sft_job
 
@@ -68,7 +67,7 @@ def test_equals_the_job_on_one_machine(
 def grace_s(expected: RunDir) -> int:
     """So that a job with a limit of a minute is stopped some seconds after its first step, as
     long as that took the same job on one machine."""
-    (start,) = [r["start"] for r in follow.lines_of(expected.attempts_file) if "start" in r]
+    (start,) = [r["start"] for r in read_records(expected.attempts_file) if "start" in r]
     return max(5, 60 - round(1.5 * sum(start.values()) + 6))
 
 
@@ -143,5 +142,5 @@ def test_interrupted_and_continued(
     attempts = jobs.attempts_of(run)
     assert max(attempts) >= 2, jobs.output(run)
     assert len(attempts) >= STEPS
-    assert len(follow.lines_of(run.submissions)) == 1  # put back once, and not followed as well
+    assert len(read_records(run.submissions)) == 1  # put back once, and not followed as well
     jobs.assert_same_weights(run, expected[engine])
