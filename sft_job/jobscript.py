@@ -159,7 +159,8 @@ def bound(config: JobConfig, environ: Mapping[str, str]) -> Bound:
         readable += [str(p.resolve()) for p in Path(config.model.path).iterdir() if p.is_symlink()]
     elif not config.model.path.startswith("bundled:"):
         home = environ.get("HF_HOME", "~/.cache/huggingface")
-        readable.append(str(Path(environ.get("HF_HUB_CACHE", home)).expanduser()))
+        hub = str(Path(environ.get("HF_HUB_CACHE", home)).expanduser())
+        (writable if config.run.online else readable).append(hub)
     readable += [str(Path(path).resolve()) for path in list(readable) if Path(path).is_symlink()]
     if config.container is not None:
         readable += config.container.bind

@@ -87,7 +87,8 @@ def submit(args: argparse.Namespace) -> int:
     write_atomically(run_dir.script, text)
     write_atomically(run_dir.progress, "")
     run_dir.cancelled.unlink(missing_ok=True)
-    Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+    for path in jobscript.bound(config, os.environ).writable:
+        Path(path).mkdir(parents=True, exist_ok=True)
     job = queue(config, run_dir, args, plan)
     record = {"time": time.time(), "job": job, "via": args.via, "cluster": args.cluster}
     append_line(run_dir.submissions, json.dumps(record))
@@ -380,14 +381,17 @@ def fetch(config: JobConfig, job: Path, overrides: Sequence[str]) -> None:
     """
     if find_prepared(config) is not None:
         return
-    Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
     words: list[str] = []
     if isinstance(config.container, Apptainer):
-        seen = jobscript.bound(config, os.environ)
-        writable = [path for path in seen.writable if Path(path).is_dir()]
-        hub = [p for p in seen.readable if "huggingface" in p or p == os.environ.get("HF_HOME")]
-        seen = jobscript.Bound([*writable, *hub], [*seen.readable, str(job.resolve())])
+        online = config.model_copy(update={"run": config.run.model_copy(update={"online": True})})
+        seen = jobscript.bound(online, os.environ)
+        folders = [path for path in seen.writable if path != config.run.dir]  # nobody's yet
+        for path in folders:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        seen = jobscript.Bound(folders, [*seen.readable, str(job.resolve())])
         words, _ = jobscript.container_command(config, seen)
+        inside = words.index("--pwd") + 1
+        words[inside] = "/"
         words = [word for word in words if word != "--nv"]
     elif config.container is not None:
         raise ConfigError(
