@@ -15,7 +15,7 @@ RUN_DIR/
   job.sh                 the job script, with `sft-job submit`
   submissions.jsonl      each time it was submitted
   CANCELLED              by `sft-job submit cancel`: saved, and not requeued
-  progress               saved step at the beginning of each attempt since then
+  progress               saved step at the beginning of each attempt since it was submitted
   save_seconds           what the last checkpoint took
   INTERRUPTED | DONE     how the last attempt ended
 
@@ -27,11 +27,14 @@ CACHE_DIR/
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +66,6 @@ class RunDir:
         self.script = self.path / "job.sh"
         self.cancelled = self.path / "CANCELLED"
         self.submissions = self.path / "submissions.jsonl"
-        self.progress = self.path / "progress"
         self.save_seconds = self.path / "save_seconds"
         self.submitit = self.path / "submitit"
 
@@ -105,6 +107,38 @@ class RunDir:
             return 1
         names = (p.name.removeprefix("attempt-") for p in (self.path / "logs").iterdir())
         return max((int(n) for n in names if n.isdigit()), default=0) + 1
+
+    @contextmanager
+    def alone(self, name: str, doing: str, *, patience_s: float = 0) -> Iterator[None]:
+        """Hold a lock of this directory: two processes on it would mix what they write.
+
+        Args:
+            name: of the lock file.
+            doing: what another holder does, as in "another process is ...".
+            patience_s: a lock that a lost machine held lives on until its server notices.
+
+        Raises:
+            RunDirError: somebody else holds it.
+        """
+        deadline = time.monotonic() + patience_s
+        with open(self.path / name, "w") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= deadline:
+                        raise RunDirError(
+                            f"another process is {doing}",
+                            where=str(self.path),
+                            remedy="wait for it, or give this job a run.dir of its own",
+                        ) from error
+                    time.sleep(0.5)
+                except OSError as error:  # Lustre can be without locks
+                    if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                        raise
+                    break
+            yield
 
     def claim(self, config: JobConfig, text: str) -> None:
         """Make the directory this job's, or find that it already is.

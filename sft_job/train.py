@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import errno
-import fcntl
 import gc
 import json
 import os
@@ -18,8 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -30,7 +28,6 @@ from sft_job.config import load
 from sft_job.errors import (
     DiskSpaceError,
     Interrupted,
-    RunDirError,
     WorkerError,
 )
 from sft_job.plan import Plan, plan_of, processes, show
@@ -43,6 +40,10 @@ if TYPE_CHECKING:
     from sft_job.dataset import Steps
     from sft_job.metrics import Meter, Reporter
     from sft_job.world import World
+
+LOCK, RUNNING = ".lock", "running this job"
+# A job that was requeued off a lost node: file servers keep its lock for a lease, 90 s with NFS.
+LOST_LOCK_S = 180.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,11 +63,12 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
     config = load(job, overrides)
     run_dir = RunDir(config.run.dir)
     run_dir.claim(config, job.read_text(encoding="utf-8"))
-    with _alone(run_dir):
+    with run_dir.alone(LOCK, RUNNING):
         if run_dir.done.exists():
             print(f"this job is done; its model is in {run_dir.model}")
             return 0
         attempt = run_dir.next_attempt()
+        run_dir.logs(attempt).mkdir(parents=True)  # a stop file is for one attempt alone
         stop = StopRequest(run_dir.stop_file(attempt))
         stop.listen()
         prepare(config, job, overrides, stop)
@@ -91,24 +93,6 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
                 remedy=f"look into {run_dir.logs(attempt)}",
             )
     return 0
-
-
-@contextmanager
-def _alone(run_dir: RunDir) -> Iterator[None]:
-    """Hold the run directory's lock: two launchers on it would mix their checkpoints."""
-    with open(run_dir.path / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunDirError(
-                "another process is running this job",
-                where=str(run_dir.path),
-                remedy="wait for it, or give this job a run.dir of its own",
-            ) from error
-        except OSError as error:  # Lustre can be without locks
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
 
 
 def prepare(config: JobConfig, job: Path, overrides: Sequence[str], stop: StopRequest) -> None:
@@ -183,7 +167,8 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
                     run_dir.ready(attempt, place.rank).touch()
                 if place.rank == 0:
                     run_dir.claim(config, job.read_text(encoding="utf-8"))
-                    held.enter_context(_alone(run_dir))
+                    patience = LOST_LOCK_S if watched else 0
+                    held.enter_context(run_dir.alone(LOCK, RUNNING, patience_s=patience))
                 if run_dir.done.exists():
                     return 0
                 number = attempt if watched else None
