@@ -7,6 +7,7 @@ has left its marks in the run directory.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from sft_job import slurm
-from sft_job.errors import EXIT_INTERRUPTED, RunDirError
+from sft_job.errors import EXIT_INTERRUPTED, RunDirError, SlurmError
 from sft_job.rundir import RunDir, read_json, read_records
 
 COMMANDS = ("status", "logs", "cancel")
 ALIVE = {
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
-    "SPECIAL_EXIT", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "PREEMPTED",
+    "SPECIAL_EXIT", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
 }  # fmt: skip
-POLL_S = 1.0
+# The end, or the moment before Slurm puts the job back into the queue.
+UNSURE = {"NODE_FAIL", "PREEMPTED"}
+ASK_S = 5  # between two questions to Slurm, whose controller serves everybody
 LOST_S = 120.0
+SILENT_S = 900.0  # how long a controller may be away, as while it is restarted
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,26 +58,38 @@ def last_submission(run_dir: RunDir) -> dict[str, Any] | None:
     return records[-1] if records else None
 
 
+def known_state(submission: dict[str, Any]) -> str | None:
+    """What the batch system says of a submission; None when it does not know it any more."""
+    ask = slurm.state if submission["cluster"] == "slurm" else slurm.local_state
+    return ask(submission["job"])
+
+
 def attempts(run_dir: RunDir) -> int:
     return run_dir.next_attempt() - 1
 
 
 def job_state(run_dir: RunDir) -> str:
     """One word: of the marks in the run directory, else of Slurm."""
-    if run_dir.done.exists():
-        return "DONE"
+    return "DONE" if run_dir.done.exists() else observed(run_dir)[0]
+
+
+def observed(run_dir: RunDir) -> tuple[str, str | None]:
+    """The job's state in one word, and what the batch system says of the last submission."""
     last = last_submission(run_dir)
+    # Asked before looking at the marks: a job that ends between the two has left them.
+    known = known_state(last) if last else None
+    if run_dir.done.exists():
+        return "DONE", known
     if last is None:
-        return "INTERRUPTED" if run_dir.interrupted.exists() else "NOT SUBMITTED"
-    known = slurm.state(last["job"]) if last["cluster"] == "slurm" else None
+        return "INTERRUPTED" if run_dir.interrupted.exists() else "NOT SUBMITTED", None
     if known in ALIVE:
-        return str(known)
+        return str(known), known
     attempt = attempts(run_dir)
     if attempt and run_dir.cause(attempt).exists():
-        return "FAILED"
+        return "FAILED", known
     if run_dir.interrupted.exists():
-        return "INTERRUPTED"
-    return known or "UNKNOWN"
+        return "INTERRUPTED", known
+    return known or "UNKNOWN", known
 
 
 def status(run_dir: RunDir) -> Iterator[str]:
@@ -118,8 +134,9 @@ def _duration(seconds: float) -> str:
 def logs(run_dir: RunDir, *, to_the_end: bool) -> int:
     """Print the job script's output and that of rank 0, attempt by attempt."""
     shown: dict[Path, int] = {}
-    while True:
-        over = not to_the_end or job_state(run_dir) not in ALIVE
+    ends = _states(run_dir)
+    for second in itertools.count():
+        over = not to_the_end or (second % ASK_S == 0 and next(ends) is not None)
         files = sorted(run_dir.path.glob("slurm-*.log"), key=lambda f: f.stat().st_mtime)
         for number in range(1, attempts(run_dir) + 1):
             files += [f for f in (run_dir.log(number, 0),) if f.exists()]
@@ -134,8 +151,9 @@ def logs(run_dir: RunDir, *, to_the_end: bool) -> int:
                 sys.stdout.write(content.decode(errors="replace"))
                 sys.stdout.flush()
         if over:
-            return 0
-        time.sleep(POLL_S)
+            break
+        time.sleep(1)
+    return 0
 
 
 def cancel(run_dir: RunDir) -> int:
@@ -161,18 +179,40 @@ def cancel(run_dir: RunDir) -> int:
 
 def wait(run_dir: RunDir) -> int:
     """Return when the job has ended, for Slurm too: 0 done, 75 interrupted, 1 failed."""
-    quiet_since = None
-    while True:
-        state, last = job_state(run_dir), last_submission(run_dir)
-        known = slurm.state(last["job"]) if last and last["cluster"] == "slurm" else None
-        if state in ALIVE or known in ALIVE:
-            quiet_since = None
-        elif known != "NODE_FAIL" or state == "DONE":
+    for state in _states(run_dir):
+        if state is not None:
             break
-        else:  # the job of a lost node is in no queue for some seconds, then in it again
-            quiet_since = quiet_since or time.monotonic()
-            if time.monotonic() - quiet_since > LOST_S:
-                break
-        time.sleep(POLL_S)
+        time.sleep(ASK_S)
     print("\n".join(status(run_dir)))
-    return {"DONE": 0, "INTERRUPTED": EXIT_INTERRUPTED}.get(state, 1)
+    return {"DONE": 0, "INTERRUPTED": EXIT_INTERRUPTED}.get(str(state), 1)
+
+
+def _states(run_dir: RunDir) -> Iterator[str | None]:
+    """At each call: None while the job lives; its last state when it has ended, for good.
+
+    Raises:
+        SlurmError: nothing has been heard of the controller for a quarter of an hour.
+    """
+    unsure_since = silent_since = None
+    while True:
+        ended = None
+        try:
+            state, known = observed(run_dir)
+        except SlurmError as error:
+            if silent_since is None:
+                print(f"Slurm is not heard: {error}; asked again", file=sys.stderr)
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > SILENT_S:
+                raise
+            yield None
+            continue
+        silent_since = None
+        if state in ALIVE or known in ALIVE:
+            unsure_since = None
+        elif known not in UNSURE or state == "DONE":
+            ended = state
+        else:  # such a job is in no queue for some seconds, then in it again
+            unsure_since = unsure_since or time.monotonic()
+            if time.monotonic() - unsure_since > LOST_S:
+                ended = state
+        yield ended

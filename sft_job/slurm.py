@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,19 @@ from sft_job.rundir import RunDir
 from sft_job.schema import Slurm
 
 TIMEOUT_S = 30.0
+SBATCH_TIMEOUT_S = 300.0  # a loaded controller takes its time, and a second job must not be made
+
+# sbatch takes options from variables before those of a script. What sites and users set for every
+# job fills in what the job file leaves open; nothing else may overrule it.
+DEFAULTS = {
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_QOS": "qos",
+    "SBATCH_RESERVATION": "reservation",
+}
+# Of an allocation that this program is called in, srun would take the options.
+ABOUT_A_JOB = re.compile(r"SBATCH_|SRUN_|SLURMD_|SLURM_(?!(?:CONF|CONF_SERVER|JWT|CLUSTERS)$)")
 
 # --- under submitit ---------------------------------------------------------------------
 
@@ -58,12 +71,12 @@ class Attempt:
         self._child = subprocess.Popen(self.command(), env=environment)
         while (code := self._child.poll()) is None:
             time.sleep(0.2)
-        if code in (REQUEUE, self.interrupted_code()):
+        if code in (REQUEUE, self.interrupted_code()) and not run_dir.cancelled.exists():
             import submitit
 
             os.kill(os.getpid(), submitit.JobEnvironment._usr_sig())
             time.sleep(600)  # the handler ends this process
-        if code == EXIT_INTERRUPTED:
+        if code in (EXIT_INTERRUPTED, REQUEUE):
             raise Interrupted("interrupted; submit it again to go on", where=self.run_dir)
         if code:
             cause = run_dir.cause(run_dir.next_attempt() - 1)
@@ -85,6 +98,8 @@ class Attempt:
             while self._child.poll() is None:
                 time.sleep(0.2)
         code = self._child.returncode
+        if RunDir(self.run_dir).cancelled.exists():
+            return None
         if code not in (0, REQUEUE, self.interrupted_code()):
             return None  # failed, or not to be put back: submitit says so
         return DelayedSubmission(self)
@@ -103,7 +118,21 @@ class LocalAttempt(Attempt):
 # --- asking Slurm -----------------------------------------------------------------------
 
 
-def ask(*command: str) -> str:
+def site_defaults(slurm: Slurm, environ: Mapping[str, str]) -> dict[str, str]:
+    """Keys of the job's `slurm` section that the environment fills in, with their values."""
+    return {
+        key: environ[name]
+        for name, key in DEFAULTS.items()
+        if environ.get(name) and getattr(slurm, key) is None
+    }
+
+
+def clean(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment that a job is submitted from: nothing in it speaks of another job."""
+    return {name: value for name, value in environ.items() if not ABOUT_A_JOB.match(name)}
+
+
+def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """What a Slurm command prints.
 
     Raises:
@@ -116,7 +145,8 @@ def ask(*command: str) -> str:
             text=True,
             errors="replace",
             stdin=subprocess.DEVNULL,
-            timeout=TIMEOUT_S,
+            timeout=timeout_s,
+            env=clean(os.environ),
             check=True,
         )
     except FileNotFoundError as error:
@@ -127,8 +157,8 @@ def ask(*command: str) -> str:
         ) from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
-            f"{command[0]} does not answer within {TIMEOUT_S:.0f} s",
-            remedy="the controller may be down: try again, or ask your site",
+            f"{command[0]} does not answer within {timeout_s:.0f} s",
+            remedy="the controller may be down: look with `squeue --me` before you try again",
         ) from error
     except subprocess.CalledProcessError as error:
         said = (error.stderr or error.stdout).strip() or f"exit code {error.returncode}"
@@ -139,8 +169,19 @@ def ask(*command: str) -> str:
 def sbatch(run_dir: RunDir, after: str | None) -> str:
     """Put the run directory's script into the queue; returns the job id."""
     options = [f"--dependency=afterany:{after}"] if after else []
-    said = ask("sbatch", "--parsable", f"--chdir={run_dir.path}", *options, str(run_dir.script))
+    command = ["sbatch", "--parsable", f"--chdir={run_dir.path}", *options, str(run_dir.script)]
+    said = ask(*command, timeout_s=SBATCH_TIMEOUT_S)
     return said.strip().split(";")[0]  # with federations: id;cluster
+
+
+def local_state(pid: str) -> str | None:
+    """Of a job that runs on this machine, without Slurm: RUNNING, or None."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            ended = file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if ended else "RUNNING"
 
 
 def state(job: str) -> str | None:

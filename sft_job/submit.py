@@ -18,12 +18,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_job import cli, follow, jobscript, slurm
+from sft_job import __version__, cli, follow, jobscript, slurm
 from sft_job.config import load
 from sft_job.conversations import read_trainable
 from sft_job.errors import (
@@ -40,6 +41,9 @@ from sft_job.plan import Plan, gib, plan_for
 from sft_job.prepared import find_prepared, hub_revision, model_facts, weight_files
 from sft_job.rundir import RunDir, append_line, write_atomically
 from sft_job.schema import Apptainer, JobConfig
+
+# Of an image, and what it must say.
+VERSION_LABEL = "sft_job.version"
 
 # Kinds of file system that belong to one machine alone.
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay"}
@@ -67,33 +71,46 @@ def main(argv: Sequence[str]) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     """Check -> claim -> write the script -> queue."""
-    config = load(args.job, args.overrides)
+    config, notes = _site_defaults(load(args.job, args.overrides))
     if args.fetch:
-        fetch(config, args.job, args.overrides)
+        fetch(config)
     if revision := hub_revision(config):
         pinned = config.model.model_copy(update={"revision": revision})
         config = config.model_copy(update={"model": pinned})
     run_dir = RunDir(config.run.dir)
-    plan, notes = check(config, local=args.cluster == "local", waits_for=args.after)
+    plan, lines = check(config, local=args.cluster == "local", waits_for=args.after)
     text = script_of(config, plan)
-    for note in notes:
-        print(note)
+    for line in [*notes, *lines]:
+        print(line)
     if args.dry_run:
         print(f"\n--- {run_dir.script}\n{text}")
         return 0
     run_dir.claim(config, args.job.read_text(encoding="utf-8"))
-    # What runs is job.json: overrides applied, paths absolute, the model's commit fixed.
-    write_atomically(run_dir.job_file, config.model_dump_json(indent=2) + "\n")
-    write_atomically(run_dir.script, text)
-    write_atomically(run_dir.progress, "")
-    run_dir.cancelled.unlink(missing_ok=True)
-    for path in jobscript.bound(config, os.environ).writable:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    job = queue(config, run_dir, args, plan)
-    record = {"time": time.time(), "job": job, "via": args.via, "cluster": args.cluster}
-    append_line(run_dir.submissions, json.dumps(record))
-    print(f"submitted: job {job}\n  sft-job submit status {run_dir.path}")
+    with run_dir.alone(".submit", "submitting this job"):
+        _refuse_second(config, run_dir, args.after)  # another may have come first meanwhile
+        # What runs is job.json: overrides applied, paths absolute, the model's commit fixed.
+        write_atomically(run_dir.job_file, config.model_dump_json(indent=2) + "\n")
+        write_atomically(run_dir.script, text)
+        run_dir.cancelled.unlink(missing_ok=True)
+        for path in jobscript.bound(config, os.environ).writable:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        job = queue(config, run_dir, args, plan)
+        record = {"time": time.time(), "job": job, "via": args.via, "cluster": args.cluster}
+        append_line(run_dir.submissions, json.dumps(record))
+    print(f"submitted: job {job}\n  sft-job submit status {shlex.quote(str(run_dir.path))}")
     return follow.wait(run_dir) if args.wait else 0
+
+
+def _site_defaults(config: JobConfig) -> tuple[JobConfig, list[str]]:
+    """What site and user have set for all jobs, where the job file says nothing; with a note."""
+    if config.slurm is None:
+        return config, []
+    found = slurm.site_defaults(config.slurm, os.environ)
+    filled = config.slurm.model_copy(update=found)
+    names = {key: name for name, key in slurm.DEFAULTS.items()}
+    return config.model_copy(update={"slurm": filled}), [
+        f"slurm      {key} {value}, from {names[key]}" for key, value in found.items()
+    ]
 
 
 def script_of(config: JobConfig, plan: Plan | None) -> str:
@@ -115,11 +132,14 @@ def queue(config: JobConfig, run_dir: RunDir, args: argparse.Namespace, plan: Pl
     if args.after:
         options["dependency"] = f"afterany:{args.after}"
     run_dir.submitit.mkdir(exist_ok=True)
+    for name in os.environ.keys() - slurm.clean(os.environ).keys():
+        del os.environ[name]  # submitit calls sbatch with this environment
     with contextlib.chdir(run_dir.path):  # sbatch's output goes where it is called
         if args.cluster == "local":
             executor: Any = submitit.LocalExecutor(folder=run_dir.submitit)
             executor.update_parameters(timeout_min=config.slurm.time_min)
-            return str(executor.submit(slurm.LocalAttempt(str(run_dir.path))).job_id)
+            with _output_to(run_dir.submitit / "controller.log"):
+                return str(executor.submit(slurm.LocalAttempt(str(run_dir.path))).job_id)
         executor = submitit.SlurmExecutor(
             folder=run_dir.submitit,
             max_num_timeout=10**6,
@@ -133,6 +153,21 @@ def queue(config: JobConfig, run_dir: RunDir, args: argparse.Namespace, plan: Pl
             return str(executor.submit(slurm.Attempt(str(run_dir.path))).job_id)
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
             raise SlurmError(f"sbatch refuses: {error}") from error
+
+
+@contextlib.contextmanager
+def _output_to(file: Path) -> Iterator[None]:
+    """For processes that outlive this one: whoever reads our output would wait for them."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    try:
+        with open(file, "ab") as log:
+            for descriptor in kept:
+                os.dup2(log.fileno(), descriptor)
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
 
 
 # --- checks ------------------------------------------------------------------------------
@@ -202,18 +237,29 @@ def _run_dir(config: JobConfig, waits_for: str | None) -> Iterator[str]:
         raise RunDirError(
             "this job is done", where=str(run_dir.path), remedy="choose another run.dir"
         )
-    last = follow.last_submission(run_dir)
-    if last is not None and last["job"] != waits_for and last["cluster"] == "slurm":
-        state = slurm.state(last["job"])
-        if state in follow.ALIVE:
-            raise RunDirError(
-                f"job {last['job']} works on it: {state}",
-                where=str(run_dir.path),
-                remedy=f"sft-job submit status {run_dir.path}, or cancel",
-            )
+    _refuse_second(config, run_dir, waits_for)
     kind = _file_system(folder)
     local = ": is it on all nodes? they are asked before the job begins" if kind in LOCAL else ""
     yield f"{run_dir.path} ({kind}{local})"
+
+
+def _refuse_second(config: JobConfig, run_dir: RunDir, waits_for: str | None) -> None:
+    """Two jobs on one run directory would train the same steps, one of them for nothing.
+
+    Raises:
+        RunDirError: the last job that was submitted lives, or may be put back by Slurm.
+    """
+    last = follow.last_submission(run_dir)
+    if last is None or last["job"] == waits_for:
+        return
+    state = follow.known_state(last)
+    again = follow.UNSURE if config.slurm and config.slurm.requeue else set()
+    if state in follow.ALIVE | again:
+        raise RunDirError(
+            f"job {last['job']} works on it: {state}",
+            where=str(run_dir.path),
+            remedy=f"sft-job submit status {shlex.quote(str(run_dir.path))}, or cancel",
+        )
 
 
 def _file_system(folder: Path) -> str:
@@ -271,6 +317,7 @@ def _container(config: JobConfig) -> Iterator[str]:
     if container is None:
         yield f"none: {sys.executable}"
         return
+    version = "version not checked: it is not a file of this machine"
     if isinstance(container, Apptainer) and "://" not in container.image:
         image = Path(container.image)
         if not os.access(image, os.R_OK):
@@ -282,10 +329,41 @@ def _container(config: JobConfig) -> Iterator[str]:
                 # A line for the shell, then this (Singularity image format).
                 if b"SIF_MAGIC" not in file.read(64):
                     raise SubmitError([f"container.image: not a SIF file: {container.image}"])
+        version = _image_version(image)
     for path in container.bind:
         if not os.path.exists(path):
             raise SubmitError([f"container.bind: not there: {path}"])
-    yield f"{container.type}: {container.image}"
+    yield f"{container.type}: {container.image}, {version}"
+
+
+def _image_version(image: Path) -> str:
+    """What is known of the sft_job in an Apptainer image.
+
+    Raises:
+        SubmitError: it is not the version that makes this job's files.
+    """
+    if shutil.which("apptainer") is None:
+        return "version not checked: no apptainer on this machine"
+    command = ["apptainer", "inspect", "--json", "--labels", str(image)]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=slurm.TIMEOUT_S, check=True
+        )
+        labels = json.loads(answer.stdout)["data"]["attributes"]["labels"]
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip() or f"exit code {error.returncode}"
+        raise SubmitError([f"container.image: apptainer cannot read {image}: {said}"]) from error
+    except (subprocess.TimeoutExpired, ValueError, LookupError, TypeError):
+        return "version not checked: its labels cannot be read"
+    version = (labels or {}).get(VERSION_LABEL)
+    if version is None:
+        return f"version not checked: it has no label {VERSION_LABEL}"
+    if version != __version__:
+        raise SubmitError(
+            [f"container.image: {image} brings sft_job {version}, this is {__version__}: "
+             "install that version here, or take the image of this one"]
+        )  # fmt: skip
+    return f"sft_job {version}"
 
 
 def _plan(config: JobConfig) -> Any:
@@ -373,7 +451,7 @@ def _account(config: JobConfig) -> Iterator[str]:
         )
 
 
-def fetch(config: JobConfig, job: Path, overrides: Sequence[str]) -> None:
+def fetch(config: JobConfig) -> None:
     """Model and encoded data into the cache, on this machine, with what the job runs in.
 
     Raises:
@@ -381,28 +459,29 @@ def fetch(config: JobConfig, job: Path, overrides: Sequence[str]) -> None:
     """
     if find_prepared(config) is not None:
         return
-    words: list[str] = []
-    if isinstance(config.container, Apptainer):
-        online = config.model_copy(update={"run": config.run.model_copy(update={"online": True})})
-        seen = jobscript.bound(online, os.environ)
-        folders = [path for path in seen.writable if path != config.run.dir]  # nobody's yet
-        for path in folders:
-            Path(path).mkdir(parents=True, exist_ok=True)
-        seen = jobscript.Bound(folders, [*seen.readable, str(job.resolve())])
-        words, _ = jobscript.container_command(config, seen)
-        inside = words.index("--pwd") + 1
-        words[inside] = "/"
-        words = [word for word in words if word != "--nv"]
-    elif config.container is not None:
-        raise ConfigError(
-            ["--fetch: Pyxis has no containers on a login node; run `sft-job data encode` where "
-             "the package is installed with [train], with run.online=true"]
-        )  # fmt: skip
-    python = config.container.python if config.container else sys.executable
-    encode = [python, "-m", "sft_job.data", "encode", str(job.resolve()), *overrides]
-    code = subprocess.run([*words, *encode, "run.online=true"], check=False).returncode
-    if code:
-        raise WorkerError("--fetch: model and data could not be made ready")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"online": True})})
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job.json"
+        job.write_text(config.model_dump_json(), encoding="utf-8")
+        words: list[str] = []
+        if isinstance(config.container, Apptainer):
+            seen = jobscript.bound(config, os.environ)
+            folders = [path for path in seen.writable if path != config.run.dir]  # nobody's yet
+            for path in folders:
+                Path(path).mkdir(parents=True, exist_ok=True)
+            seen = jobscript.Bound(folders, [*seen.readable, str(job)])
+            words, _ = jobscript.container_command(config, seen)
+            words[words.index("--pwd") + 1] = "/"
+            words.remove("--nv")
+        elif config.container is not None:
+            raise ConfigError(
+                ["--fetch: Pyxis has no containers on a login node; run `sft-job data encode` "
+                 "where the package is installed with [train], with run.online=true"]
+            )  # fmt: skip
+        python = config.container.python if config.container else sys.executable
+        encode = [python, "-m", "sft_job.data", "encode", str(job)]
+        if subprocess.run([*words, *encode], check=False).returncode:
+            raise WorkerError("--fetch: model and data could not be made ready")
 
 
 if __name__ == "__main__":

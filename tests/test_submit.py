@@ -5,17 +5,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from sft_job import follow, slurm
+from sft_job import __version__, follow, slurm
 from sft_job.errors import SlurmError
-from sft_job.rundir import RunDir
+from sft_job.rundir import RunDir, read_records
 from sft_job.schema import JobConfig, Slurm
-from tests.runs import ROOT, make_conversations, make_job, make_model, sft_job
+from tests.runs import (
+    ROOT,
+    command,
+    environment,
+    make_conversations,
+    make_job,
+    make_model,
+    metrics,
+    sft_job,
+)
 
 SINFO = "gpu*|up|1-00:00:00|4|gpu:a100:4(S:0-1)|ib,nvme\nbig|up|infinite|64|gpu:h100:8,nvme:1|ib\n"
 
@@ -226,3 +238,166 @@ def test_sites_are_sections_of_a_job_file(site: Path) -> None:
     config = JobConfig.model_validate(whole)
     assert config.slurm is not None
     assert config.slurm.gpu is None or config.slurm.gpu in GPUS
+
+
+# --- what the environment brings ----------------------------------------------------------
+
+
+def test_defaults_of_the_site(job: Path, tools: Path) -> None:
+    """What the user has set for every job fills in what the job file leaves open, and is said."""
+    environ = {
+        "PATH": f"{tools}:{os.environ['PATH']}", "SBATCH_PARTITION": "big", "SBATCH_QOS": "low",
+        "SBATCH_TIMELIMIT": "5", "SLURM_NTASKS": "9", "SRUN_CPUS_PER_TASK": "3",
+    }  # fmt: skip
+    tool(tools, "sbatch", f"env > {tools}/environ; echo 4711")
+    result = sft_job("submit", job, "slurm.qos=high", env=environ)
+    assert result.returncode == 0, result.stderr
+    run = RunDir(job.parent / "run")
+    assert result.stdout.startswith("slurm      partition big, from SBATCH_PARTITION\n")
+    assert "\n#SBATCH --partition=big\n#SBATCH --qos=high\n" in run.script.read_text()
+    stored = JobConfig.model_validate_json(run.job_file.read_text())
+    assert stored.slurm is not None
+    assert (stored.slurm.partition, stored.slurm.qos) == ("big", "high")
+    passed_on = (tools / "environ").read_text()
+    assert not re.findall("^(?:SBATCH_|SRUN_|SLURM_NTASKS).*", passed_on, re.MULTILINE)
+
+
+def test_the_environment_of_a_job_is_left_behind() -> None:
+    kept = {"SLURM_CONF": "/c", "SLURM_CLUSTERS": "a", "SLURM_JWT": "t", "HOME": "/h"}
+    dropped = {"SLURM_JOB_ID": "1", "SLURM_CONFIG": "x", "SBATCH_QOS": "q", "SRUN_DEBUG": "3"}
+    assert slurm.clean(kept | dropped) == kept
+
+
+# --- one job on one run directory ----------------------------------------------------------
+
+
+def test_two_submissions_at_one_moment(job: Path, tools: Path) -> None:
+    """The second is refused; one job is in the queue."""
+    tool(tools, "sbatch", f"touch {tools}/asked; sleep 5; echo 4711")
+    environ = environment() | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    first = subprocess.Popen(command("submit", job), env=environ, stdout=subprocess.PIPE)
+    while not (tools / "asked").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = submit(job, tools)
+    assert second.returncode == 2
+    assert "another process is submitting this job" in second.stderr
+    assert first.wait(timeout=60) == 0
+    assert len(called(tools, "sbatch")) == 1
+    assert len(read_records(RunDir(job.parent / "run").submissions)) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "requeue", "code"),
+    [("NODE_FAIL", "true", 2), ("NODE_FAIL", "false", 0), ("PREEMPTED", "true", 2),
+     ("CANCELLED", "true", 0), ("TIMEOUT", "true", 0)],
+)  # fmt: skip
+def test_a_job_that_slurm_may_put_back(
+    job: Path, tools: Path, state: str, requeue: str, code: int
+) -> None:
+    tool(tools, "squeue", f"echo {state}")
+    options = [f"slurm.requeue={requeue}"]
+    assert submit(job, tools, *options).returncode == 0
+    again = submit(job, tools, *options)
+    assert again.returncode == code, again.stderr
+    assert (f"job 4711 works on it: {state}" in again.stderr) == (code == 2)
+
+
+# --- containers ----------------------------------------------------------------------------
+
+
+LABELS = """echo '{"data": {"attributes": {"labels": {"sft_job.version": "?"}}}}'"""
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (LABELS.replace("?", __version__), f"x.sif, sft_job {__version__}\n"),
+        (LABELS.replace("?", "9.9"),
+         f"x.sif brings sft_job 9.9, this is {__version__}: install that version here"),
+        ('echo \'{"data": {"attributes": {"labels": {}}}}\'',
+         "x.sif, version not checked: it has no label sft_job.version\n"),
+        ("echo '???'", "x.sif, version not checked: its labels cannot be read\n"),
+        ("echo 'FATAL: while opening image' >&2; exit 255",
+         "x.sif: FATAL: while opening image"),
+    ],
+)  # fmt: skip
+def test_the_version_in_an_image(job: Path, tools: Path, labels: str, said: str) -> None:
+    (job.parent / "x.sif").write_bytes(b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0")
+    tool(tools, "apptainer", labels)
+    container = f"container={{type: apptainer, image: {job.parent}/x.sif}}"
+    result = submit(job, tools, container, "--dry-run")
+    assert said in result.stdout + result.stderr
+    assert result.returncode == (0 if said.endswith("\n") else 2)
+
+
+# --- following ------------------------------------------------------------------------------
+
+
+def test_a_controller_that_is_away_for_a_while(
+    job: Path, tools: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`wait` asks again; it does not take silence for the end of the job."""
+    assert submit(job, tools).returncode == 0
+    run = RunDir(job.parent / "run")
+    monkeypatch.setattr(follow, "ASK_S", 0.01)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    answers = f"""n=$(cat {tools}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tools}/n
+        case $n in
+        0) echo RUNNING ;;
+        [123]) echo 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1 ;;
+        4) echo PREEMPTED ;;
+        5) echo PENDING ;;
+        *) touch {run.done}; echo COMPLETED ;;
+        esac"""
+    tool(tools, "squeue", answers)
+    assert follow.wait(run) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("Slurm is not heard: ") == 1
+    assert captured.out.startswith("state        DONE")
+
+
+def test_a_controller_that_stays_away(
+    job: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert submit(job, tools).returncode == 0
+    monkeypatch.setattr(follow, "ASK_S", 0.01)
+    monkeypatch.setattr(follow, "SILENT_S", 0.1)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tool(tools, "squeue", "echo 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1")
+    with pytest.raises(SlurmError, match="Unable to contact controller"):
+        follow.wait(RunDir(job.parent / "run"))
+
+
+# --- without a cluster -----------------------------------------------------------------------
+
+
+def test_submitit_on_this_machine(job: Path) -> None:
+    """The same job through submitit's local executor: followed, cancelled with a checkpoint,
+    submitted again, and gone on with."""
+    options = ["--via", "submitit", "--cluster", "local", "slurm.gpus_per_node=0",
+               "train.max_steps=5000"]  # fmt: skip
+    first = sft_job("submit", job, *options)
+    assert first.returncode == 0, first.stderr
+    run = RunDir(job.parent / "run")
+    wait_for_steps(run, 3)
+    assert sft_job("submit", "status", run.path).stdout.startswith("state        RUNNING")
+    refused = sft_job("submit", job, *options)
+    assert "works on it: RUNNING" in refused.stderr
+    assert sft_job("submit", "cancel", run.path).returncode == 0
+    assert follow.wait(run) == 75
+    (step,) = run.checkpoint_steps()
+    assert step >= 3
+    again = sft_job("submit", job, *options)
+    assert again.returncode == 0, again.stderr
+    wait_for_steps(run, step + 1)
+    assert metrics(run)[-1]["attempt"] == 2
+    assert sft_job("submit", "cancel", run.path).returncode == 0
+    assert follow.wait(run) == 75
+
+
+def wait_for_steps(run: RunDir, step: int) -> None:
+    deadline = time.monotonic() + 180
+    while not (records := metrics(run)) or records[-1]["step"] < step:
+        assert time.monotonic() < deadline, follow.job_state(run)
+        time.sleep(0.1)
