@@ -237,7 +237,11 @@ def script(config: JobConfig, python: str, grace: int, environ: Mapping[str, str
         "GRACE_S": str(grace),
         "REQUEUE": str(int(slurm.requeue)),
     }
-    job = [f"{name}={value}" for name, value in values.items()]
+    job: list[str] = []
+    for name, value in values.items():
+        if re.search(r"[$`\\]", value):
+            job.append("# shellcheck disable=SC1003,SC2016 # a name that only looks like syntax")
+        job.append(f"{name}={value}")
     if slurm.setup:
         job += ["", "# slurm.setup", *slurm.setup]
     text = resources.files("sft_job").joinpath("slurm_files/job.sh").read_text(encoding="utf-8")

