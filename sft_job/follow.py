@@ -92,13 +92,23 @@ def observed(run_dir: RunDir) -> tuple[str, str | None]:
     return known or "UNKNOWN", known
 
 
+def time_used(run_dir: RunDir) -> float:
+    """Seconds from the beginning of each attempt to the last word of its rank 0."""
+    return sum(
+        max(0.0, run_dir.log(entry["attempt"], 0).stat().st_mtime - float(entry["began"]))
+        for entry in read_records(run_dir.attempts_file)
+        if "began" in entry and run_dir.log(entry["attempt"], 0).exists()
+    )
+
+
 def status(run_dir: RunDir) -> Iterator[str]:
     """What a user wants to know, a line each."""
     last, attempt = last_submission(run_dir), attempts(run_dir)
     state = job_state(run_dir)
     job = f", job {last['job']} ({last['via']})" if last else ""
     yield f"state        {state}{job}"
-    yield f"attempts     {attempt}"
+    used = time_used(run_dir)
+    yield f"attempts     {attempt}{f', {_duration(used)} in all' if used else ''}"
     records = read_records(run_dir.metrics_file)
     if records:
         newest = records[-1]

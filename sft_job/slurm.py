@@ -77,7 +77,9 @@ class Attempt:
             os.kill(os.getpid(), submitit.JobEnvironment._usr_sig())
             time.sleep(600)  # the handler ends this process
         if code in (EXIT_INTERRUPTED, REQUEUE):
-            raise Interrupted("interrupted; submit it again to go on", where=self.run_dir)
+            raise Interrupted(
+                "saved and stopped; the last line above says what next", where=self.run_dir
+            )
         if code:
             cause = run_dir.cause(run_dir.next_attempt() - 1)
             said = cause.read_text() if cause.exists() else f"exit code {code}"

@@ -16,7 +16,7 @@ import yaml
 
 from sft_job import __version__, follow, slurm
 from sft_job.errors import SlurmError
-from sft_job.rundir import RunDir, read_records
+from sft_job.rundir import RunDir, append_line, read_records
 from sft_job.schema import JobConfig, Slurm
 from tests.runs import (
     ROOT,
@@ -205,7 +205,12 @@ def test_a_job_that_slurm_has_forgotten(tools: Path, monkeypatch: pytest.MonkeyP
 def test_status_of_a_run_that_went_on(tmp_path: Path) -> None:
     """From the files alone."""
     run = RunDir(tmp_path / "run")
-    (run.logs(2)).mkdir(parents=True)
+    for attempt in (1, 2):  # of ten minutes each, an hour apart
+        run.logs(attempt).mkdir(parents=True)
+        run.log(attempt, 0).touch()
+        os.utime(run.log(attempt, 0), (3600 * attempt + 600,) * 2)
+        append_line(run.attempts_file, json.dumps({"attempt": attempt, "began": 3600 * attempt}))
+        append_line(run.attempts_file, json.dumps({"attempt": attempt, "start": {"import": 1.0}}))
     run.job_file.write_text("{}")
     run.plan_file.write_text(json.dumps({"steps": 100}))
     record = {"step": 40, "tokens_per_second": 1234.5, "seconds_per_step": 2.0, "loss": 1.25}
@@ -216,7 +221,7 @@ def test_status_of_a_run_that_went_on(tmp_path: Path) -> None:
     said = sft_job("submit", "status", run.path).stdout.splitlines()
     assert said == [
         "state        INTERRUPTED",
-        "attempts     2",
+        "attempts     2, 20 min in all",
         "step         40 of 100",
         "speed        1,234 tokens/s, 2.00 s a step, loss 1.2500",
         f"checkpoint   {run.checkpoint(40)}",

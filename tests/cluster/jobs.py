@@ -62,6 +62,14 @@ def wait_for_step(run: RunDir, step: int, timeout: float = 180) -> None:
     raise AssertionError(f"step {step} did not come:\n{output(run)}")
 
 
+def wait_for_words(run: RunDir, words: str, timeout: float = 120) -> None:
+    """Until a job script has said this."""
+    deadline = time.monotonic() + timeout
+    while words not in said(run):
+        assert time.monotonic() < deadline, output(run)
+        time.sleep(0.2)
+
+
 def wait_for_end(run: RunDir, timeout: float = 300) -> str:
     """Until Slurm and the run directory agree that nothing goes on; the state."""
     deadline = time.monotonic() + timeout

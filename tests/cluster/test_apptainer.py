@@ -88,8 +88,10 @@ def test_inside_an_image_as_an_ordinary_user(
         os.chown(path, user.pw_uid, user.pw_gid)
     container = f"container={{type: apptainer, image: {image}, bind: [{ROOT}, {PACKAGES}]}}"
     submit = ["/usr/bin/python3", "-m", "sft_job", "submit", job, f"engine.type={engine}"]
-    result = as_user(user, *submit, container, "--wait")
+    result = as_user(user, *submit, container, "--fetch", "--wait")
     run = RunDir(folder / engine / "run")
     assert result.returncode == 0, result.stdout + result.stderr + jobs.output(run)
+    assert "data       128 samples, encoded: " in result.stdout
+    assert not list(Path("/tmp").glob("sft_job-[0-9]*"))  # Apptainer's folder of this job
     assert run.model.stat().st_uid == user.pw_uid
     jobs.assert_same_weights(run, expected)

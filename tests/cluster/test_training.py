@@ -91,8 +91,23 @@ def lose_node(run: RunDir, cluster: Path) -> None:
     subprocess.run(["scontrol", "update", node, "state=resume"], check=False, timeout=60)
 
 
+def warned_by_slurm(run: RunDir, cluster: Path) -> None:
+    """The signal of `#SBATCH --signal` comes; until then a rank is held."""
+    rank = jobs.rank_process(run, 3)
+    rank.suspend()
+    jobs.wait_for_words(run, "asked to stop by the batch system")
+    rank.resume()
+
+
+def forbid_requeue(run: RunDir, cluster: Path) -> None:
+    jobs.slurm("scontrol", "update", f"jobid={jobs.job_id(run)}", "requeue=0")
+    signal_steps(run, cluster)
+
+
 KINDS = {
     "time limit": None,
+    "--signal": warned_by_slurm,
+    "no requeue": forbid_requeue,
     "scancel --signal": signal_steps,
     "scancel TERM": terminate_steps,
     "scontrol requeue": requeue,
@@ -100,11 +115,12 @@ KINDS = {
 }
 IN_CI = {
     ("fsdp", "sbatch", "scancel --signal"),
-    ("zero3", "sbatch", "scancel --signal"),
+    ("zero3", "sbatch", "--signal"),
     ("fsdp", "sbatch", "scontrol requeue"),
     ("fsdp", "sbatch", "node down"),
     ("fsdp", "sbatch", "time limit"),
-    ("fsdp", "submitit", "scancel --signal"),
+    ("fsdp", "submitit", "no requeue"),
+    ("zero3", "submitit", "scancel --signal"),
 }
 
 
@@ -133,6 +149,13 @@ def test_interrupted_and_continued(
     options = [f"engine.type={engine}", "--via", via]
     if kind == "time limit":
         options += ["slurm.time_min=1", f"slurm.grace_s={grace_s(expected[engine])}"]
+    elif kind == "--signal":  # the script must not learn when its time is over
+        tools = folder / "tools"
+        tools.mkdir(exist_ok=True)
+        (tools / "squeue").write_text("#!/bin/sh\nexit 1\n")
+        (tools / "squeue").chmod(0o755)
+        setup = f"slurm.setup=['export PATH={tools}:$PATH']"
+        options += ["slurm.time_min=1", "slurm.grace_s=5", setup]
     run = jobs.submit(job, run_dir, *options)
     interrupt = KINDS[kind]
     if interrupt is not None:
@@ -142,5 +165,6 @@ def test_interrupted_and_continued(
     attempts = jobs.attempts_of(run)
     assert max(attempts) >= 2, jobs.output(run)
     assert len(attempts) >= STEPS
-    assert len(read_records(run.submissions)) == 1  # put back once, and not followed as well
+    # Put back, and not followed as well; or followed.
+    assert len(read_records(run.submissions)) == (2 if kind == "no requeue" else 1)
     jobs.assert_same_weights(run, expected[engine])

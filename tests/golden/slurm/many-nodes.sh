@@ -101,12 +101,12 @@ say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $
 # --- how it goes on
 
 requeue() {
-    local state why restarts next
+    local state why may restarts next
     say "$1; saved up to step $(saved_step)"
     # What Slurm itself has decided meanwhile: a job in the queue again must not be put there twice,
     # and one that somebody has taken out must not come back.
-    read -r state why restarts <<< "$(timeout 60 scontrol show job -o "$SLURM_JOB_ID" |
-        sed -nE 's/.* JobState=([^ ]*) Reason=([^ ]*) .* Restarts=([0-9]+) .*/\1 \2 \3/p')"
+    read -r state why may restarts <<< "$(timeout 60 scontrol show job -o "$SLURM_JOB_ID" |
+        sed -nE 's/.* JobState=([^ ]*) Reason=([^ ]*) .* Requeue=(.) Restarts=([0-9]+) .*/\1 \2 \3 \4/p')"
     if [ -e CANCELLED ]; then
         exit 75
     elif [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
@@ -120,13 +120,17 @@ requeue() {
     elif [ "$REQUEUE" = 0 ]; then
         say "slurm.requeue is false: submit the job again to go on"
         exit 75
-    elif [ -n "${SFT_JOB_SUBMITIT:-}" ]; then
+    elif [ "${may:-1}" = 1 ] && [ -n "${SFT_JOB_SUBMITIT:-}" ]; then
         exit 76 # submitit puts the job back
-    elif timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
+    elif [ "${may:-1}" = 1 ] && timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
         say "requeued"
         sleep 300 & wait $! # Slurm ends this script
         exit 75
-    elif next=$(timeout 60 sbatch --parsable --chdir="$RUN_DIR" \
+    fi
+    # What belongs to this job alone is not the successor's.
+    [ -z "$ours" ] || unset APPTAINER_CONFIGDIR
+    unset SFT_JOB_SUBMITIT SLURM_RESTART_COUNT
+    if next=$(timeout 60 sbatch --parsable --chdir="$RUN_DIR" \
         --dependency="afterany:$SLURM_JOB_ID" job.sh successor); then
         printf '{"time": %s, "job": "%s", "via": "sbatch", "cluster": "slurm"}\n' \
             "$(date +%s)" "${next%%;*}" >> submissions.jsonl
