@@ -30,6 +30,17 @@ PCIE_5 = 128.0
 SAME_MEMORY = 0.08
 ON_CPU = "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
 
+# An image says in SFT_JOB_FLAVOUR which one it is: what it is for, and what it is built from.
+FLAVOUR = "SFT_JOB_FLAVOUR"
+IMAGES = {
+    "ampere": ("A100, H100 and newer GPUs", "Dockerfile"),
+    "volta": ("V100 and T4", "docker/Dockerfile.v100"),
+    "cpu": ("machines without an NVIDIA GPU", "Dockerfile, with the lock cpu.txt"),
+}
+# The oldest driver by the major number of CUDA (NVIDIA, CUDA Compatibility, "Minor Version
+# Compatibility").
+DRIVERS = {11: 450, 12: 525, 13: 580}
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -180,11 +191,85 @@ def detect() -> Hardware:
     Asks nvidia-smi, and where that is not on PATH but there are NVIDIA devices, torch.
 
     Raises:
-        HardwareError: there is a GPU that cannot be used, is divided (MIG), or differs.
+        HardwareError: there is a GPU that cannot be used, is divided (MIG), differs, or that
+            this image is not for.
     """
     if _all_hidden():
         return _cpu()
-    return (_ask_driver() if shutil.which("nvidia-smi") else _ask_torch()) or _cpu()
+    found = (_ask_driver() if shutil.which("nvidia-smi") else _ask_torch()) or _cpu()
+    refuse_wrong_image(found, os.environ.get(FLAVOUR))
+    return found
+
+
+def detect_for_training() -> Hardware:
+    """The same, and an image for GPUs trains on the CPU only where that is asked for.
+
+    Raises:
+        HardwareError: as `detect`, or there is no GPU.
+    """
+    found, flavour = detect(), os.environ.get(FLAVOUR)
+    if found.device == "cpu" and flavour in ("ampere", "volta") and not _all_hidden():
+        raise HardwareError(
+            f"this image is for {IMAGES[flavour][0]}, and it sees no GPU",
+            remedy="start it with its GPUs (docker run --gpus all, podman run --device "
+            f"nvidia.com/gpu=all, apptainer run --nv) on a machine that has some, {ON_CPU}",
+        )
+    return found
+
+
+def refuse_wrong_image(hardware: Hardware, flavour: str | None) -> None:
+    """An image has the kernels of some GPUs; on others a job would fail, or be slow in silence.
+
+    Args:
+        flavour: what the image says of itself; None outside of the images.
+
+    Raises:
+        HardwareError: there is a GPU, and the image is for others.
+    """
+    if flavour is None or hardware.capability is None:
+        return
+    if flavour not in IMAGES:
+        raise HardwareError(
+            f"{FLAVOUR} is {flavour!r}, and the images are {', '.join(IMAGES)}",
+            remedy="unset it: an image says by it which GPUs it is for",
+        )
+    capable = hardware.capability
+    right = "ampere" if capable >= (8, 0) else "volta" if capable >= (7, 0) else None
+    if right == flavour:
+        return
+    remedy = f"no image is for it: compute capability 7.0 or newer is needed; {ON_CPU[3:]}"
+    if right is not None:
+        remedy = f"use the image for {IMAGES[right][0]} (from {IMAGES[right][1]}), {ON_CPU}"
+    raise HardwareError(
+        f"this image is for {IMAGES[flavour][0]}; the GPU is {hardware.name} "
+        f"(sm_{10 * capable[0] + capable[1]})",
+        remedy=remedy,
+    )
+
+
+def unusable(hardware: Hardware, torch: str, cuda: str | None) -> HardwareError:
+    """The refusal of a GPU that torch cannot use.
+
+    Args:
+        torch, cuda: versions of torch, and of the CUDA that it is built for.
+    """
+    what = f"this machine has {hardware.name}, but torch {torch} cannot use it"
+    if cuda is None:
+        return HardwareError(
+            f"{what}: it is built without CUDA", remedy=f"install a CUDA build of torch, {ON_CPU}"
+        )
+    found, needed = hardware.driver, DRIVERS.get(int(cuda.partition(".")[0]))
+    if found is not None and needed is not None and int(found.partition(".")[0]) < needed:
+        older = ", use torch 2.10, which runs on 525 and newer" if needed > DRIVERS[12] else ""
+        return HardwareError(
+            f"{what}: the driver is {found}, and CUDA {cuda} needs {needed} or newer",
+            remedy=f"have the driver updated{older}, {ON_CPU}",
+        )
+    return HardwareError(
+        what,
+        remedy=f"install a CUDA build of torch that fits the driver {found or ''}".rstrip()
+        + f", {ON_CPU}",
+    )
 
 
 def named(key: str, count: int) -> Hardware:

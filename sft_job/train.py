@@ -71,9 +71,9 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
         run_dir.logs(attempt).mkdir(parents=True)  # a stop file is for one attempt alone
         stop = StopRequest(run_dir.stop_file(attempt))
         stop.listen()
+        machine = hardware.detect_for_training()  # before an hour of tokenising
         prepare(config, job, overrides, stop)
         stop.file = None  # the workers look for it themselves
-        machine = hardware.detect()
         plan, _ = plan_of(config, machine=machine)  # refuses what every worker would
         refuse_small_disk(run_dir, plan)
         run_dir.interrupted.unlink(missing_ok=True)
@@ -245,7 +245,7 @@ def train(
         os.environ["HF_HUB_OFFLINE"] = "1"
     from sft_job import world as worlds
 
-    machine = hardware.detect()
+    machine = hardware.detect_for_training()
     terminal: IO[str] = sys.stdout
     if launched and place.rank == 0:
         from sft_job.metrics import take_terminal

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from sft_job import attention
 from sft_job.errors import HardwareError
-from sft_job.hardware import Hardware
+from sft_job.hardware import Hardware, unusable
 from sft_job.workers import Place
 
 # A rank may wait this long for another that converts or verifies tens of GB.
@@ -75,11 +75,7 @@ def join(place: Place, hardware: Hardware) -> World:
         os.environ[name] = value  # torch, accelerate and DeepSpeed all read these
     if hardware.device == "cuda":
         if not torch.cuda.is_available():
-            raise HardwareError(
-                f"this machine has {hardware.name}, but torch {torch.__version__} cannot use it",
-                remedy="install a CUDA build of torch that fits the driver, "
-                "or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the CPU",
-            )
+            raise unusable(hardware, torch.__version__, torch.version.cuda)
         index = _device_index(place.local_rank, torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes the GPU of this number
         device = torch.device("cuda", index)
@@ -99,7 +95,8 @@ def join(place: Place, hardware: Hardware) -> World:
 
 
 def _refuse_missing_code(capability: tuple[int, int], architectures: Sequence[str]) -> None:
-    """torch only warns of a GPU that its build has no code for, and fails at the first kernel.
+    """torch only warns of a GPU that its build has no code for, and fails at the first kernel;
+    its wheels carry no PTX that the driver could compile.
 
     Args:
         architectures: sm_80 (device code), compute_90 (PTX, compiled for any newer one), ...
@@ -110,7 +107,7 @@ def _refuse_missing_code(capability: tuple[int, int], architectures: Sequence[st
     portable = [int(n) for kind, _, n in parts if kind == "compute" and n.isdigit()]
     if attention.base(number, code) is None and not any(n <= number for n in portable):
         raise HardwareError(
-            f"this GPU is sm_{number}, and torch {torch.__version__} has no code for it "
+            f"the GPU is sm_{number}, and torch {torch.__version__} has no code for it "
             f"(it has {', '.join(architectures)})",
             remedy="install a release of torch that has: V100 needs one of CUDA 12.8 or older, "
             "such as 2.10",

@@ -752,6 +752,154 @@ def test_a_gpu_that_torch_has_no_code_for(
         return
     said = fault(lambda: world._refuse_missing_code(capability, architectures))
     number = 10 * capability[0] + capability[1]
-    assert f"this GPU is sm_{number}, and torch " in said
+    assert f"the GPU is sm_{number}, and torch " in said
     assert f"has no code for it (it has {', '.join(architectures)})" in said
     assert "-> install a release of torch that has: V100 needs" in said
+
+
+# --- the images ----------------------------------------------------------------------------
+
+
+def wrong_image(key: str, flavour: str | None) -> str | None:
+    """The refusal of one GPU of the table in an image, or None."""
+    try:
+        hardware.refuse_wrong_image(named(key, 1), flavour)
+    except HardwareError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("key", "flavour"),
+    [
+        *((key, "ampere") for key in ("a100-40", "a10", "l40s", "h100-sxm", "b200", "rtx-5090")),
+        *((key, "volta") for key in ("v100-16", "v100s", "t4", "quadro-rtx-8000")),
+        *((key, None) for key in ("v100-16", "a100-80")),
+    ],
+)
+def test_an_image_takes_the_gpus_that_it_is_for(key, flavour):
+    """And outside of the images nothing is asked."""
+    assert wrong_image(key, flavour) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "flavour", "expected"),
+    [
+        (
+            "v100-32",
+            "ampere",
+            "this image is for A100, H100 and newer GPUs; the GPU is Tesla V100-SXM2-32GB (sm_70)\n"
+            f"  -> use the image for V100 and T4 (from docker/Dockerfile.v100), {ON_CPU}",
+        ),
+        (
+            "h100-sxm",
+            "volta",
+            "this image is for V100 and T4; the GPU is H100 80GB HBM3 (sm_90)\n"
+            f"  -> use the image for A100, H100 and newer GPUs (from Dockerfile), {ON_CPU}",
+        ),
+        (
+            "t4",
+            "cpu",
+            "this image is for machines without an NVIDIA GPU; the GPU is Tesla T4 (sm_75)\n"
+            f"  -> use the image for V100 and T4 (from docker/Dockerfile.v100), {ON_CPU}",
+        ),
+        (
+            "t4",
+            "turing",
+            "SFT_JOB_FLAVOUR is 'turing', and the images are ampere, volta, cpu\n"
+            "  -> unset it: an image says by it which GPUs it is for",
+        ),
+    ],
+)
+def test_an_image_refuses_other_gpus(key, flavour, expected):
+    """In one sentence, with the image to use instead."""
+    assert wrong_image(key, flavour) == expected
+
+
+def test_no_image_is_for_the_oldest_gpus():
+    """torch's wheels have no code below 7.0."""
+    pascal = Hardware("cuda", 1, "Tesla P100-PCIE-16GB", (6, 0), False, 16.0)
+    assert fault(hardware.refuse_wrong_image, pascal, "volta") == (
+        "this image is for V100 and T4; the GPU is Tesla P100-PCIE-16GB (sm_60)\n"
+        "  -> no image is for it: compute capability 7.0 or newer is needed; "
+        "set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+    )
+
+
+def test_the_gpu_is_compared_with_the_image_when_it_is_found(machine, monkeypatch):
+    """Whatever looks for the hardware: plan, train, chat."""
+    machine.has_nvidia_smi(V100_ROW.format("a"))
+    monkeypatch.setenv("SFT_JOB_FLAVOUR", "ampere")
+    assert fault(detect).startswith("this image is for A100, H100 and newer GPUs; the GPU is Tesla")
+    monkeypatch.setenv("SFT_JOB_FLAVOUR", "volta")
+    assert detect().gpu is GPUS["v100-32"]
+    monkeypatch.setenv("SFT_JOB_FLAVOUR", "ampere")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert_cpu(detect())
+
+
+def test_an_image_for_gpus_that_sees_none_does_not_train_on_the_cpu(machine, monkeypatch):
+    """`docker run` without --gpus; planning and encoding need none."""
+    monkeypatch.setenv("SFT_JOB_FLAVOUR", "ampere")
+    assert_cpu(detect())
+    assert fault(hardware.detect_for_training) == (
+        "this image is for A100, H100 and newer GPUs, and it sees no GPU\n"
+        "  -> start it with its GPUs (docker run --gpus all, podman run --device "
+        f"nvidia.com/gpu=all, apptainer run --nv) on a machine that has some, {ON_CPU}"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert_cpu(hardware.detect_for_training())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for flavour in ("cpu", None):
+        monkeypatch.delenv("SFT_JOB_FLAVOUR", raising=False)
+        if flavour:
+            monkeypatch.setenv("SFT_JOB_FLAVOUR", flavour)
+        assert_cpu(hardware.detect_for_training())
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch", "cuda", "said", "remedy"),
+    [
+        (
+            "470.82.01",
+            "2.10.0",
+            "12.8",
+            ": the driver is 470.82.01, and CUDA 12.8 needs 525 or newer",
+            "have the driver updated, ",
+        ),
+        (
+            "570.86.15",
+            "2.15.0",
+            "13.2",
+            ": the driver is 570.86.15, and CUDA 13.2 needs 580 or newer",
+            "have the driver updated, use torch 2.10, which runs on 525 and newer, ",
+        ),
+        (
+            "570.86.15",
+            "2.13.0+cpu",
+            None,
+            ": it is built without CUDA",
+            "install a CUDA build of torch, ",
+        ),
+        (
+            "525.60.13",
+            "2.10.0",
+            "12.8",
+            "",
+            "install a CUDA build of torch that fits the driver 525.60.13, ",
+        ),
+        (None, "2.10.0", "12.8", "", "install a CUDA build of torch that fits the driver, "),
+        (
+            "450.1",
+            "3.0.0",
+            "14.0",
+            "",
+            "install a CUDA build of torch that fits the driver 450.1, ",
+        ),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_explained(driver, torch, cuda, said, remedy):
+    """With the driver that is found and the one that is needed, where that is the reason."""
+    gpu = dataclasses.replace(named("a100-80", 1), driver=driver)
+    expected = f"this machine has A100-SXM4-80GB, but torch {torch} cannot use it{said}"
+    assert str(hardware.unusable(gpu, torch, cuda)) == f"{expected}\n  -> {remedy}{ON_CPU}"
