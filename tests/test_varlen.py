@@ -1,7 +1,7 @@
 """Every attention function keeps samples apart and equals the dense reference.
 
 Kernels that need a GPU are called against stand-ins of the same signature that compute the
-reference from what they are given; `tests/gpu/test_kernels.py` holds the same checks for the
+reference from what they are given; `tests/kernels.py` holds the same checks for the
 real ones.
 """
 
@@ -16,19 +16,10 @@ import torch
 
 from sft_job import varlen
 from sft_job.errors import ModelError
+from tests.kernels import reference
 
 LENGTHS = [5, 1, 9, 2]
 HEADS, KEY_HEADS, DIM = 4, 2, 8
-
-
-def reference(q, k, v, lengths: list[int], scale: float) -> torch.Tensor:
-    """Softmax over a dense block-diagonal causal mask, fp64. q, k, v: [T, heads, dim]."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    allowed = (owner[:, None] == owner[None]).tril()
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
 def packed(lengths: list[int] = LENGTHS) -> varlen.Packed:
