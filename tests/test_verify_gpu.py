@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -124,3 +125,18 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(varlen.FUNCTIONS, "sdpa", lambda: leaks)
     assert kernels.attention_error("sdpa", "fp32", 16, (4, 2)) > 100
+
+
+def test_optimizers_are_compared() -> None:
+    """AdamW is itself; weight decay of another kind, or no step at all, is seen in any dtype."""
+    import torch
+
+    spec = importlib.util.spec_from_file_location("verify_gpu", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    verify_gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(verify_gpu)
+    assert verify_gpu.adam_difference(torch.optim.AdamW, "cpu", torch.float32) == 0
+    assert verify_gpu.adam_difference(torch.optim.Adam, "cpu", torch.float32) > 100
+    for kind in (torch.bfloat16, torch.float16):
+        assert verify_gpu.adam_difference(torch.optim.SGD, "cpu", kind) > 1
