@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ def write(
     source: Path,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    pause: Callable[[], None] = lambda: None,
 ) -> None:
     """Write and verify the model; visible under its name only when it is good.
 
     Args:
         parameters: every parameter whole, in the same order on all ranks.
         source: the folder that the job's model came from; its generation settings are kept.
+        pause: called by all ranks together between files; may raise, to stop.
 
     Raises:
         ExportError: what was written does not load as what was trained.
@@ -58,12 +60,18 @@ def write(
         beside.mkdir(parents=True)
     digests: dict[str, str] = {}
     writer = _ShardWriter(beside) if world.is_main else None
+    since = 0
     for name, value in parameters:
+        since += value.numel() * dtype.itemsize  # counted alike by all ranks
+        if since > SHARD_BYTES:
+            pause()
+            since = 0
         if writer is not None:
             # A copy: DeepSpeed hands out a buffer that it fills again for the next parameter.
             tensor = value.to("cpu", dtype, copy=True).contiguous()
             digests[name] = _digest(tensor)
             writer.add(name, tensor)
+    pause()
     if writer is not None:
         writer.close()
         _write_settings(beside, source, model, tokenizer, encoder, dtype)

@@ -25,6 +25,8 @@ ALIVE = {
 }  # fmt: skip
 # The end, or the moment before Slurm puts the job back into the queue.
 UNSURE = {"NODE_FAIL", "PREEMPTED"}
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+NEWEST = 10  # submissions that Slurm is asked about; those before have ended
 ASK_S = 5  # between two questions to Slurm, whose controller serves everybody
 LOST_S = 120.0
 SILENT_S = 900.0  # how long a controller may be away, as while it is restarted
@@ -53,15 +55,21 @@ def main(argv: Sequence[str]) -> int:
     return cancel(run_dir)
 
 
-def last_submission(run_dir: RunDir) -> dict[str, Any] | None:
-    records = read_records(run_dir.submissions)
-    return records[-1] if records else None
+def submissions(run_dir: RunDir) -> list[dict[str, Any]]:
+    """One record for each job; a job that starts at once may have written itself down as well."""
+    return list({record["job"]: record for record in read_records(run_dir.submissions)}.values())
 
 
 def known_state(submission: dict[str, Any]) -> str | None:
     """What the batch system says of a submission; None when it does not know it any more."""
     ask = slurm.state if submission["cluster"] == "slurm" else slurm.local_state
     return ask(submission["job"])
+
+
+def live(run_dir: RunDir) -> list[tuple[dict[str, Any], str]]:
+    """The jobs that are, or may come back, with their states; in the order of submission."""
+    found = [(record, known_state(record)) for record in submissions(run_dir)[-NEWEST:]]
+    return [(record, state) for record, state in found if state in ALIVE | UNSURE]
 
 
 def attempts(run_dir: RunDir) -> int:
@@ -73,23 +81,27 @@ def job_state(run_dir: RunDir) -> str:
     return "DONE" if run_dir.done.exists() else observed(run_dir)[0]
 
 
-def observed(run_dir: RunDir) -> tuple[str, str | None]:
-    """The job's state in one word, and what the batch system says of the last submission."""
-    last = last_submission(run_dir)
+def observed(run_dir: RunDir) -> tuple[str, str | None, dict[str, Any] | None]:
+    """The state in one word, what the batch system says, and the submission of which it is: the
+    one that runs, else the one that waits, else the last."""
     # Asked before looking at the marks: a job that ends between the two has left them.
-    known = known_state(last) if last else None
+    found = sorted(live(run_dir), key=lambda job: (job[1] in UNSURE, job[1] == "PENDING"))
+    records = submissions(run_dir)
+    last, known = found[0] if found else (records[-1] if records else None, None)
     if run_dir.done.exists():
-        return "DONE", known
+        return "DONE", known, last
     if last is None:
-        return "INTERRUPTED" if run_dir.interrupted.exists() else "NOT SUBMITTED", None
+        return "INTERRUPTED" if run_dir.interrupted.exists() else "NOT SUBMITTED", None, None
     if known in ALIVE:
-        return str(known), known
+        return str(known), known, last
     attempt = attempts(run_dir)
     if attempt and run_dir.cause(attempt).exists():
-        return "FAILED", known
+        return "FAILED", known, last
     if run_dir.interrupted.exists():
-        return "INTERRUPTED", known
-    return known or "UNKNOWN", known
+        return "INTERRUPTED", known, last
+    if last["cluster"] == "slurm":
+        known = known or known_state(last) or slurm.ending(last["job"])
+    return known or "UNKNOWN", known, last
 
 
 def time_used(run_dir: RunDir) -> float:
@@ -103,8 +115,13 @@ def time_used(run_dir: RunDir) -> float:
 
 def status(run_dir: RunDir) -> Iterator[str]:
     """What a user wants to know, a line each."""
-    last, attempt = last_submission(run_dir), attempts(run_dir)
-    state = job_state(run_dir)
+    attempt = attempts(run_dir)
+    try:
+        state, _, last = observed(run_dir)
+    except SlurmError as error:  # the files tell most of it
+        records = submissions(run_dir)
+        last = records[-1] if records else None
+        state = "DONE" if run_dir.done.exists() else f"not known: {error.what}"
     job = f", job {last['job']} ({last['via']})" if last else ""
     yield f"state        {state}{job}"
     used = time_used(run_dir)
@@ -168,22 +185,23 @@ def logs(run_dir: RunDir, *, to_the_end: bool) -> int:
 
 def cancel(run_dir: RunDir) -> int:
     """A running job saves itself and ends; one that waits leaves the queue."""
-    last = last_submission(run_dir)
-    state = job_state(run_dir)
-    if last is None or state not in ALIVE:
-        print(f"nothing to cancel: {state}")
+    found = live(run_dir)
+    if not found:
+        print(f"nothing to cancel: {job_state(run_dir)}")
         return 0
-    if state == "RUNNING":
-        # The marker first: an attempt that begins just now looks for it alone. The job script
-        # looks for the stop file, and wakes the ranks as soon as they can be.
-        run_dir.cancelled.touch()
-        run_dir.stop_file(attempts(run_dir)).write_text("cancelled by the user\n")
-        print(
-            f"job {last['job']} saves a checkpoint and ends; sft-job submit status {run_dir.path}"
-        )
-        return 0
-    slurm.ask("scancel", last["job"])
-    print(f"job {last['job']} was {state}; it is out of the queue")
+    # The marker first: an attempt that begins just now looks for it alone. The job script looks
+    # for the stop file, and wakes the ranks as soon as they can be.
+    run_dir.cancelled.touch()
+    for record, state in reversed(found):  # those that wait for another before it ends
+        job = record["job"]
+        if state in UNSURE:
+            print(f"job {job} is {state}: should Slurm put it back, it ends at once")
+        elif state in WAITING:
+            slurm.ask("scancel", job)
+            print(f"job {job} was {state}; it is out of the queue")
+        else:
+            run_dir.stop_file(attempts(run_dir)).write_text("cancelled by the user\n")
+            print(f"job {job} saves a checkpoint and ends; sft-job submit status {run_dir.path}")
     return 0
 
 
@@ -207,7 +225,7 @@ def _states(run_dir: RunDir) -> Iterator[str | None]:
     while True:
         ended = None
         try:
-            state, known = observed(run_dir)
+            state, known, _ = observed(run_dir)
         except SlurmError as error:
             if silent_since is None:
                 print(f"Slurm is not heard: {error}; asked again", file=sys.stderr)

@@ -50,6 +50,11 @@ OWNED = {
     "wrap": "nothing: the script is the job",
     "parsable": "nothing: it is used",
     "wait": "sft-job submit --wait",
+    "clusters": "SLURM_CLUSTERS in the environment, for all commands",
+    "quiet": "nothing: the job's number is read",
+    "test-only": "sft-job submit --dry-run",
+    "no-kill": "nothing: a lost node ends the attempt, and the job goes on",
+    "export-file": "nothing: the script needs the environment",
     "export": "nothing: the script needs the environment",
 }
 
@@ -58,6 +63,7 @@ MEMORY = {"mem", "mem-per-cpu", "mem-per-gpu"}
 # Least seconds that are kept for saving; and bytes per second at which a shared file system
 # surely takes a checkpoint.
 GRACE_S = 120
+MOST_GRACE_S = 65535  # sbatch --signal has 16 bits
 WRITE_BYTES_PER_S = 10**9
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -102,7 +108,7 @@ def grace_s(config: JobConfig, checkpoint_bytes: int | None) -> int:
     """Seconds kept for saving before the end of the job."""
     if config.slurm is not None and config.slurm.grace_s is not None:
         return config.slurm.grace_s
-    return max(GRACE_S, 2 * (checkpoint_bytes or 0) // WRITE_BYTES_PER_S)
+    return min(MOST_GRACE_S, max(GRACE_S, 2 * (checkpoint_bytes or 0) // WRITE_BYTES_PER_S))
 
 
 def options(slurm: Slurm, config: JobConfig, grace: int) -> dict[str, str | int | bool]:

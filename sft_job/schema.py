@@ -194,7 +194,7 @@ class Slurm(Section):
     """For sites without --gpus-per-node: e.g. gpu:a100:4, with the same number."""
     time_min: Whole = Field(1440, ge=1)
     """Time limit of one attempt; a job that is not done by then saves itself and is requeued."""
-    grace_s: Whole | None = Field(None, ge=1)
+    grace_s: Whole | None = Field(None, ge=1, le=65535)
     """At least so many seconds before its end a job saves itself; null takes what the plan
     expects, 120 or more. Twice what the last save took is kept in any case."""
     partition: Text | None = None

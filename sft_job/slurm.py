@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_job.errors import EXIT_INTERRUPTED, Interrupted, SlurmError, WorkerError
+from sft_job.errors import EXIT_INTERRUPTED, Interrupted, SlurmError, SubmitError, WorkerError
 from sft_job.rundir import RunDir
 from sft_job.schema import Slurm
 
@@ -50,14 +51,22 @@ class Attempt:
     def __post_init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
 
-    def __getstate__(self) -> dict[str, str]:
+    def __getstate__(self) -> dict[str, Any]:
         return {"run_dir": self.run_dir}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def command(self) -> list[str]:
         return ["bash", str(RunDir(self.run_dir).script)]
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"SFT_JOB_SUBMITIT": "1"}
+
+    def forward(self, number: int, frame: object) -> None:
+        """What sbatch's shell would get: signals to the batch process alone."""
+        if self._child is not None:
+            self._child.send_signal(number)
 
     def __call__(self) -> str:
         """Returns the run directory when the job is done.
@@ -67,14 +76,16 @@ class Attempt:
             Interrupted: it was stopped and shall not be put back.
         """
         run_dir = RunDir(self.run_dir)
-        environment = os.environ | {"SFT_JOB_SUBMITIT": "1"}
-        self._child = subprocess.Popen(self.command(), env=environment)
+        self._child = subprocess.Popen(self.command(), env=self.environment())
+        import submitit
+
+        own = submitit.JobEnvironment._usr_sig()
+        for number in {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT} - {own}:
+            signal.signal(number, self.forward)
         while (code := self._child.poll()) is None:
             time.sleep(0.2)
         if code in (REQUEUE, self.interrupted_code()) and not run_dir.cancelled.exists():
-            import submitit
-
-            os.kill(os.getpid(), submitit.JobEnvironment._usr_sig())
+            os.kill(os.getpid(), own)
             time.sleep(600)  # the handler ends this process
         if code in (EXIT_INTERRUPTED, REQUEUE):
             raise Interrupted(
@@ -99,16 +110,32 @@ class Attempt:
             self._child.send_signal(signal.SIGUSR1)
             while self._child.poll() is None:
                 time.sleep(0.2)
-        code = self._child.returncode
-        if RunDir(self.run_dir).cancelled.exists():
+        code, run_dir = self._child.returncode, RunDir(self.run_dir)
+        if run_dir.done.exists():
+            sys.exit(0)  # nothing to go on with
+        if run_dir.cancelled.exists():
             return None
         if code not in (0, REQUEUE, self.interrupted_code()):
             return None  # failed, or not to be put back: submitit says so
         return DelayedSubmission(self)
 
 
+@dataclass
 class LocalAttempt(Attempt):
-    """On this machine, without Slurm: the launcher instead of the job script."""
+    """On this machine, without Slurm: the launcher instead of the job script.
+
+    Args:
+        devices: CUDA_VISIBLE_DEVICES of the submission, which submitit would set otherwise.
+    """
+
+    devices: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"run_dir": self.run_dir, "devices": self.devices}
+
+    def environment(self) -> dict[str, str]:
+        found = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+        return found if self.devices is None else found | {"CUDA_VISIBLE_DEVICES": self.devices}
 
     def command(self) -> list[str]:
         return [sys.executable, "-m", "sft_job.train", str(RunDir(self.run_dir).job_file)]
@@ -197,6 +224,16 @@ def state(job: str) -> str | None:
     return found.split()[0] if found.split() else None
 
 
+def ending(job: str) -> str | None:
+    """TIMEOUT, CANCELLED, ...: of a job that squeue has forgotten; None without accounting."""
+    try:
+        found = ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State",
+                    f"--jobs={job}")  # fmt: skip
+    except SlurmError:
+        return None
+    return found.split()[0] if found.split() else None
+
+
 @dataclass(frozen=True)
 class Partition:
     """A line of sinfo: a partition and one kind of its nodes."""
@@ -276,6 +313,39 @@ def cluster_faults(slurm: Slurm, known: Sequence[Partition]) -> Iterator[str]:
         yield (
             f"slurm.nodes: {slurm.nodes} asked for, {', '.join(asked)} has "
             f"{sum(p.nodes for p in fitting)} such nodes"
+        )
+
+
+def account_notes(wanted: Slurm) -> Iterator[str]:
+    """Whether this user may use account and QOS, where the site keeps accounts.
+
+    Raises:
+        SubmitError: they may not.
+    """
+    if wanted.account is None and wanted.qos is None:
+        return
+    user = getpass.getuser()
+    query = ("list", "assoc", f"user={user}", "format=account,qos")
+    try:
+        text = ask("sacctmgr", "--noheader", "--parsable2", *query)
+    except SlurmError as error:
+        yield f"account and QOS not checked: {error.what}"
+        return
+    rows = [line.lower().split("|") for line in text.splitlines() if line]
+    if not rows:
+        yield f"account and QOS not checked: Slurm keeps none of {user}"
+        return
+    account, wanted_qos = (name and name.lower() for name in (wanted.account, wanted.qos))
+    accounts = sorted({row[0] for row in rows})
+    if account is not None and account not in accounts:
+        raise SubmitError(
+            [f"slurm.account: {user} has no account {wanted.account!r}; "
+             f"{', '.join(accounts) or 'none at all'}"]
+        )  # fmt: skip
+    allowed = {q for row in rows for q in row[1].split(",") if account in (None, row[0])}
+    if wanted_qos is not None and wanted_qos not in allowed:
+        raise SubmitError(
+            [f"slurm.qos: {user} may not use {wanted.qos!r}; {', '.join(sorted(allowed))}"]
         )
 
 

@@ -108,9 +108,10 @@ def _site_defaults(config: JobConfig) -> tuple[JobConfig, list[str]]:
     found = slurm.site_defaults(config.slurm, os.environ)
     filled = config.slurm.model_copy(update=found)
     names = {key: name for name, key in slurm.DEFAULTS.items()}
-    return config.model_copy(update={"slurm": filled}), [
-        f"slurm      {key} {value}, from {names[key]}" for key, value in found.items()
-    ]
+    notes = [f"slurm      {key} {value}, from {names[key]}" for key, value in found.items()]
+    ignored = sorted(n for n in os.environ if n.startswith("SBATCH_") and n not in slurm.DEFAULTS)
+    notes += [f"slurm      {name} is left out: the job file decides" for name in ignored]
+    return config.model_copy(update={"slurm": filled}), notes
 
 
 def script_of(config: JobConfig, plan: Plan | None) -> str:
@@ -137,9 +138,10 @@ def queue(config: JobConfig, run_dir: RunDir, args: argparse.Namespace, plan: Pl
     with contextlib.chdir(run_dir.path):  # sbatch's output goes where it is called
         if args.cluster == "local":
             executor: Any = submitit.LocalExecutor(folder=run_dir.submitit)
+            attempt = slurm.LocalAttempt(str(run_dir.path), os.environ.get("CUDA_VISIBLE_DEVICES"))
             executor.update_parameters(timeout_min=config.slurm.time_min)
             with _output_to(run_dir.submitit / "controller.log"):
-                return str(executor.submit(slurm.LocalAttempt(str(run_dir.path))).job_id)
+                return str(executor.submit(attempt).job_id)
         executor = submitit.SlurmExecutor(
             folder=run_dir.submitit,
             max_num_timeout=10**6,
@@ -215,15 +217,30 @@ def check(
     return plan, lines
 
 
+def _grace(config: JobConfig, grace: int) -> Iterator[str]:
+    assert config.slurm is not None
+    limit = 60 * config.slurm.time_min
+    if grace >= limit:
+        raise SubmitError(
+            [f"slurm.time_min: of {limit} s, {grace} s are kept for saving, and nothing would be "
+             f"trained; {2 * grace // 60 + 1} minutes or more are needed"]
+        )  # fmt: skip
+    if 2 * grace > limit:
+        yield f"of {limit} s an attempt, {grace} s are kept for saving; set slurm.time_min higher"
+
+
 def _existing(path: Path) -> Path:
     """The path, or what of it is there already."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _script(config: JobConfig) -> Iterator[str]:
-    """Refuses what no script can carry."""
+    """Refuses what no script can carry, and a time limit in which nothing is trained."""
     lines = script_of(config, None).count("\n")
     yield f"{RunDir(config.run.dir).script}, {lines} lines"
+    assert config.slurm is not None  # refused above
+    if config.slurm.grace_s is not None:
+        yield from _grace(config, config.slurm.grace_s)
 
 
 def _run_dir(config: JobConfig, waits_for: str | None) -> Iterator[str]:
@@ -249,16 +266,24 @@ def _refuse_second(config: JobConfig, run_dir: RunDir, waits_for: str | None) ->
     Raises:
         RunDirError: the last job that was submitted lives, or may be put back by Slurm.
     """
-    last = follow.last_submission(run_dir)
-    if last is None or last["job"] == waits_for:
+    found = follow.live(run_dir)
+    if config.slurm is not None and not config.slurm.requeue:
+        found = [(record, state) for record, state in found if state in follow.ALIVE]
+    if not found:
         return
-    state = follow.known_state(last)
-    again = follow.UNSURE if config.slurm and config.slurm.requeue else set()
-    if state in follow.ALIVE | again:
+    status = f"sft-job submit status {shlex.quote(str(run_dir.path))}"
+    record, state = found[-1]
+    if record["job"] != waits_for:
         raise RunDirError(
-            f"job {last['job']} works on it: {state}",
+            f"job {record['job']} works on it: {state}",
             where=str(run_dir.path),
-            remedy=f"sft-job submit status {shlex.quote(str(run_dir.path))}, or cancel",
+            remedy=f"{status}, or cancel; --after {record['job']} starts when it has ended",
+        )
+    if run_dir.cancelled.exists():  # the marker is taken away with the next submission
+        raise RunDirError(
+            f"job {record['job']} is being cancelled",
+            where=str(run_dir.path),
+            remedy=f"submit when it has ended: {status}",
         )
 
 
@@ -383,6 +408,8 @@ def _plan(config: JobConfig) -> Any:
         remedy = f"; {plan.remedy}" if plan.remedy else ""
         raise SubmitError([f"plan: does not fit: {used}{remedy}"])
     yield used
+    if config.slurm.grace_s is None:
+        yield from _grace(config, jobscript.grace_s(config, plan.checkpoint_bytes))
     return plan
 
 
@@ -420,35 +447,7 @@ def _cluster(config: JobConfig) -> Iterator[str]:
         f"{wanted.nodes} node(s) with {wanted.tasks_per_node(config.run)} task(s) each, partition "
         f"{wanted.partition or 'of the site'}, {wanted.time_min} min an attempt"
     )
-    yield from _account(config)
-
-
-def _account(config: JobConfig) -> Iterator[str]:
-    """Whether this user may use account and QOS, where the site keeps accounts."""
-    wanted = config.slurm
-    if wanted is None or (wanted.account is None and wanted.qos is None):
-        return
-    import getpass
-
-    user = getpass.getuser()
-    query = ("list", "assoc", f"user={user}", "format=account,qos")
-    try:
-        text = slurm.ask("sacctmgr", "--noheader", "--parsable2", *query)
-    except SlurmError as error:
-        yield f"account and QOS not checked: {error.what}"
-        return
-    rows = [line.split("|") for line in text.splitlines() if line]
-    accounts = sorted({row[0] for row in rows})
-    if wanted.account is not None and wanted.account not in accounts:
-        raise SubmitError(
-            [f"slurm.account: {user} has no account {wanted.account!r}; "
-             f"{', '.join(accounts) or 'none at all'}"]
-        )  # fmt: skip
-    allowed = {q for row in rows for q in row[1].split(",") if wanted.account in (None, row[0])}
-    if wanted.qos is not None and wanted.qos not in allowed:
-        raise SubmitError(
-            [f"slurm.qos: {user} may not use {wanted.qos!r}; {', '.join(sorted(allowed))}"]
-        )
+    yield from slurm.account_notes(config.slurm)
 
 
 def fetch(config: JobConfig) -> None:

@@ -69,6 +69,7 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
             return 0
         attempt = run_dir.next_attempt()
         run_dir.logs(attempt).mkdir(parents=True)  # a stop file is for one attempt alone
+        run_dir.stop_file(attempt).unlink(missing_ok=True)
         stop = StopRequest(run_dir.stop_file(attempt))
         stop.listen()
         machine = hardware.detect_for_training()  # before an hour of tokenising
@@ -351,6 +352,7 @@ def _train_and_export(
         source=folder,
         dtype=DTYPES[plan.precision.value],
         trust_remote_code=trust,
+        pause=lambda: _stop_if_asked(world, stop, run_dir, "while the model was written"),
     )
     if world.is_main:
         record = {"step": sft.state.global_step, "attempt": attempt, "time": time.time()}

@@ -16,7 +16,7 @@ import yaml
 
 from sft_job import __version__, follow, slurm
 from sft_job.errors import SlurmError
-from sft_job.rundir import RunDir, append_line, read_records
+from sft_job.rundir import RunDir, append_line
 from sft_job.schema import JobConfig, Slurm
 from tests.runs import (
     ROOT,
@@ -97,8 +97,7 @@ def test_submitted(job: Path, tools: Path) -> None:
     ]
     stored = JobConfig.model_validate_json(run.job_file.read_text())
     assert stored.train.learning_rate == 5e-4
-    last = follow.last_submission(run)
-    assert last is not None
+    (last,) = follow.submissions(run)
     assert (last["job"], last["via"]) == ("4711", "sbatch")
     again = submit(job, tools, "train.learning_rate=5e-4")
     assert again.returncode == 2
@@ -258,7 +257,10 @@ def test_defaults_of_the_site(job: Path, tools: Path) -> None:
     result = sft_job("submit", job, "slurm.qos=high", env=environ)
     assert result.returncode == 0, result.stderr
     run = RunDir(job.parent / "run")
-    assert result.stdout.startswith("slurm      partition big, from SBATCH_PARTITION\n")
+    assert result.stdout.startswith(
+        "slurm      partition big, from SBATCH_PARTITION\n"
+        "slurm      SBATCH_TIMELIMIT is left out: the job file decides\n"
+    )
     assert "\n#SBATCH --partition=big\n#SBATCH --qos=high\n" in run.script.read_text()
     stored = JobConfig.model_validate_json(run.job_file.read_text())
     assert stored.slurm is not None
@@ -289,7 +291,7 @@ def test_two_submissions_at_one_moment(job: Path, tools: Path) -> None:
     assert "another process is submitting this job" in second.stderr
     assert first.wait(timeout=60) == 0
     assert len(called(tools, "sbatch")) == 1
-    assert len(read_records(RunDir(job.parent / "run").submissions)) == 1
+    assert len(follow.submissions(RunDir(job.parent / "run"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -306,6 +308,86 @@ def test_a_job_that_slurm_may_put_back(
     again = submit(job, tools, *options)
     assert again.returncode == code, again.stderr
     assert (f"job 4711 works on it: {state}" in again.stderr) == (code == 2)
+
+
+def chain(job: Path, tools: Path, *states: str) -> RunDir:
+    """Jobs 1, 2, ... after one another, in these states."""
+    for number in range(1, len(states) + 1):
+        tool(tools, "sbatch", f"echo {number}")
+        tool(tools, "squeue", "echo RUNNING")
+        after = ["--after", str(number - 1)] if number > 1 else []
+        result = submit(job, tools, *after)
+        assert result.returncode == 0, result.stderr
+    answers = "; ".join(f"[[ $* != *--jobs={n}* ]] || echo {s}" for n, s in enumerate(states, 1))
+    tool(tools, "squeue", answers)
+    return RunDir(job.parent / "run")
+
+
+def test_the_one_that_runs_of_two(job: Path, tools: Path) -> None:
+    """Status and cancel mean the job that works, and then the one that waits for it."""
+    run = chain(job, tools, "RUNNING", "PENDING")
+    run.logs(1).mkdir(parents=True)
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    status = sft_job("submit", "status", run.path, env=environ).stdout
+    assert status.startswith("state        RUNNING, job 1 (sbatch)\n")
+    said = sft_job("submit", "cancel", run.path, env=environ).stdout.splitlines()
+    assert said[0] == "job 2 was PENDING; it is out of the queue"
+    assert said[1].startswith("job 1 saves a checkpoint and ends; ")
+    assert called(tools, "scancel") == [["2"]]
+    assert run.stop_file(1).exists()
+    assert run.cancelled.exists()
+    tool(tools, "squeue", "[[ $* != *--jobs=1* ]] || echo RUNNING")
+    for options in ([], ["--after", "2"]):
+        refused = submit(job, tools, *options)
+        assert "job 1 works on it: RUNNING" in refused.stderr
+    refused = submit(job, tools, "--after", "1")
+    assert "job 1 is being cancelled" in refused.stderr
+
+
+def test_cancelled_while_slurm_may_put_it_back(job: Path, tools: Path) -> None:
+    run = chain(job, tools, "NODE_FAIL")
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    said = sft_job("submit", "cancel", run.path, env=environ).stdout
+    assert said == "job 1 is NODE_FAIL: should Slurm put it back, it ends at once\n"
+    assert run.cancelled.exists()
+
+
+def test_status_without_an_answer_from_slurm(job: Path, tools: Path) -> None:
+    """What the files say is said."""
+    run = chain(job, tools, "RUNNING")
+    tool(tools, "squeue", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    result = sft_job("submit", "status", run.path, env=environ)
+    assert result.returncode == 0
+    first, second, *_ = result.stdout.splitlines()
+    assert first.startswith("state        not known: squeue refuses: slurm_load_jobs error: ")
+    assert second == "attempts     0"
+
+
+def test_the_end_that_only_sacct_knows(job: Path, tools: Path) -> None:
+    run = chain(job, tools, "")
+    tool(tools, "sacct", "echo 'CANCELLED by 0'")
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    status = sft_job("submit", "status", run.path, env=environ).stdout
+    assert status.startswith("state        CANCELLED, job 1 (sbatch)\n")
+
+
+@pytest.mark.parametrize(
+    ("grace", "code", "said"),
+    [
+        (60, 2, "slurm.time_min: of 60 s, 60 s are kept for saving, and nothing would be trained; "
+                "3 minutes or more are needed"),
+        (31, 0, "of 60 s an attempt, 31 s are kept for saving; set slurm.time_min higher"),
+        (30, 0, ""),
+    ],
+)  # fmt: skip
+def test_a_limit_that_is_all_for_saving(
+    job: Path, tools: Path, grace: int, code: int, said: str
+) -> None:
+    result = submit(job, tools, "--dry-run", "slurm.time_min=1", f"slurm.grace_s={grace}")
+    assert result.returncode == code
+    assert said in result.stdout + result.stderr
+    assert said or "kept for saving" not in result.stdout
 
 
 # --- containers ----------------------------------------------------------------------------

@@ -44,9 +44,7 @@ def submit(job: Path, run_dir: Path, *arguments: str, **environ: str) -> RunDir:
 
 
 def job_id(run: RunDir) -> str:
-    last = follow.last_submission(run)
-    assert last is not None
-    return str(last["job"])
+    return str(follow.submissions(run)[-1]["job"])
 
 
 def wait_for_step(run: RunDir, step: int, timeout: float = 180) -> None:
@@ -75,8 +73,7 @@ def wait_for_end(run: RunDir, timeout: float = 300) -> str:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         state = follow.job_state(run)
-        last = follow.last_submission(run)
-        assert last is not None
+        last = follow.submissions(run)[-1]
         # The job of a lost node is in no queue for some seconds.
         alive = follow.ALIVE | {"NODE_FAIL"}
         if state not in alive and (follow.slurm.state(last["job"]) not in follow.ALIVE):

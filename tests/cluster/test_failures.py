@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_job import follow
-from sft_job.rundir import RunDir, read_records
+from sft_job.rundir import RunDir
 from tests.cluster import jobs
 from tests.runs import sft_job
 
@@ -100,7 +100,7 @@ def test_cancelled_in_slurm(job: Path) -> None:
     time.sleep(10)  # longer than a requeued job takes to begin
     assert follow.slurm.state(jobs.job_id(run)) == "CANCELLED", jobs.output(run)
     assert jobs.last_attempt(run) == 1
-    assert len(read_records(run.submissions)) == 1
+    assert len(follow.submissions(run)) == 1
 
 
 def test_cancelled_with_a_checkpoint(job: Path) -> None:
@@ -115,8 +115,10 @@ def test_cancelled_with_a_checkpoint(job: Path) -> None:
     assert step >= 3
     status = sft_job("submit", "status", run.path).stdout
     assert "interrupted by cancelled by the user" in status
-    jobs.submit(job, run.path)
+    # By hand, as the script says.
+    by_hand = jobs.slurm("sbatch", "--parsable", f"--chdir={run.path}", str(run.script))
     jobs.wait_for_step(run, step + 1)
     assert jobs.attempts_of(run)[-1] == 2
+    assert jobs.job_id(run) == by_hand
     sft_job("submit", "cancel", run.path)
     jobs.wait_for_end(run, SOON_S)

@@ -15,7 +15,7 @@
 
 # Asked to stop while this is being set up: remembered until it can be said to the ranks.
 early=
-trap 'early=1' USR1 TERM
+trap 'early=1' USR1 USR2 TERM INT
 
 RUN_DIR=/shared/job/run
 PYTHON=python3
@@ -46,8 +46,6 @@ NODES=1
 TASKS_PER_NODE=4
 GRACE_S=120
 REQUEUE=1
-
-set -u
 
 node=${SLURMD_NODENAME:-$(hostname)}
 say() { printf '%s  %s\n' "$(date +%FT%T)" "$*"; }
@@ -83,13 +81,23 @@ into $RUN_DIR/logs, mend it, submit again"
 # Whoever submits it, by hand too, wants it tried; Slurm and this script only go on.
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ "${1:-}" = successor ] || rm -f progress
 
-attempt=1
-while ! mkdir "logs/attempt-$attempt" 2> /dev/null; do
-    [ -d "logs/attempt-$attempt" ] || fail "node $node: cannot write to $RUN_DIR/logs"
-    attempt=$((attempt + 1))
-done
+# written_down JOB VIA: a submission, as `sft-job submit` has them.
+written_down() {
+    printf '{"time": %s, "job": "%s", "via": "%s", "cluster": "slurm"}\n' "$(date +%s)" "$1" "$2" \
+        >> submissions.jsonl
+}
+if ! grep -qs "\"job\": \"$SLURM_JOB_ID\"" submissions.jsonl; then # submitted by hand
+    rm -f CANCELLED
+    written_down "$SLURM_JOB_ID" sbatch
+fi
+
+attempt=$(find logs -name 'attempt-*' | sed -n 's/.*attempt-\([0-9]*\)$/\1/p' | sort -n | tail -n 1)
+attempt=$((${attempt:-0} + 1))
 logs=logs/attempt-$attempt
 stop=stop-$attempt
+mkdir "$logs" || fail "node $node: cannot write to $RUN_DIR/logs"
+rm -f "$stop" # of a run whose logs somebody has removed
+
 # This attempt has failed: the cause first, also where `sft-job submit status` finds it.
 give_up() {
     printf 'error: %s\n' "${1#0 }" | tee "$logs/error"
@@ -105,43 +113,54 @@ say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $
 
 # --- how it goes on
 
+# field NAME: of what Slurm says about this job.
+field() { grep -oE "(^| )$1=[^ ]*" <<< "$job" | head -n 1 | cut -d= -f2; }
+
 requeue() {
-    local state why may restarts next
+    local job next
     say "$1; saved up to step $(saved_step)"
-    # What Slurm itself has decided meanwhile: a job in the queue again must not be put there twice,
-    # and one that somebody has taken out must not come back.
-    read -r state why may restarts <<< "$(timeout 60 scontrol show job -o "$SLURM_JOB_ID" |
-        sed -nE 's/.* JobState=([^ ]*) Reason=([^ ]*) .* Requeue=(.) Restarts=([0-9]+) .*/\1 \2 \3 \4/p')"
     if [ -e CANCELLED ]; then
-        exit 75
-    elif [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
-        say "Slurm has requeued it"
-        exit 75
-    elif [ "${state:-}" = COMPLETING ] && [ "${why:-}" != TimeLimit ]; then
-        say "cancelled in Slurm: submit the job again to go on"
         exit 75
     elif stuck; then
         give_up "$STUCK"
     elif [ "$REQUEUE" = 0 ]; then
         say "slurm.requeue is false: submit the job again to go on"
         exit 75
-    elif [ "${may:-1}" = 1 ] && [ -n "${SFT_JOB_SUBMITIT:-}" ]; then
-        exit 76 # submitit puts the job back
-    elif [ "${may:-1}" = 1 ] && timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
-        say "requeued"
-        sleep 300 & wait $! # Slurm ends this script
-        exit 75
     fi
-    # What belongs to this job alone is not the successor's.
-    [ -z "$ours" ] || unset APPTAINER_CONFIGDIR
-    unset SFT_JOB_SUBMITIT SLURM_RESTART_COUNT
-    if next=$(timeout 60 sbatch --parsable --chdir="$RUN_DIR" \
-        --dependency="afterany:$SLURM_JOB_ID" job.sh successor); then
-        printf '{"time": %s, "job": "%s", "via": "sbatch", "cluster": "slurm"}\n' \
-            "$(date +%s)" "${next%%;*}" >> submissions.jsonl
-        say "this site does not requeue: a successor is in the queue"
-        exit 75
-    fi
+    # The controller may be away, as while it is restarted.
+    for _ in {1..60}; do
+        # What Slurm itself has decided meanwhile: a job in the queue again must not be put there
+        # twice, and one that somebody has taken out must not come back.
+        job=$(timeout 60 scontrol show job -o "$SLURM_JOB_ID")
+        if [ -z "$job" ]; then
+            sleep 10 & wait $!
+            continue
+        elif [ "$(field Restarts)" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+            say "Slurm has requeued it"
+            exit 75
+        elif [ "$(field JobState)" = COMPLETING ] && [ "$(field Reason)" != TimeLimit ] &&
+            [[ "$(field PreemptTime)" != 2* ]]; then
+            say "cancelled in Slurm: submit the job again to go on"
+            exit 75
+        fi
+        if [ "$(field Requeue)" = 1 ]; then
+            [ -z "${SFT_JOB_SUBMITIT:-}" ] || exit 76 # submitit puts the job back
+            if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
+                say "requeued"
+                sleep 300 & wait $! # Slurm ends this script
+                exit 75
+            fi
+        fi
+        # What belongs to this job alone is not the successor's.
+        [ -z "$ours" ] || unset APPTAINER_CONFIGDIR
+        if next=$(timeout 300 env -u SFT_JOB_SUBMITIT -u SLURM_RESTART_COUNT sbatch --parsable \
+            --chdir="$RUN_DIR" --dependency="afterany:$SLURM_JOB_ID" job.sh successor); then
+            written_down "${next%%;*}" sbatch
+            say "this site does not requeue: a successor is in the queue"
+            exit 75
+        fi
+        sleep 10 & wait $!
+    done
     fail "neither requeued nor followed by another job: submit the job again to go on" 75
 }
 
@@ -159,8 +178,9 @@ ask_to_stop() {
     [ -e "$stop" ] || { say "asked to stop by $1"; printf '%s\n' "$1" > "$stop"; }
     tell
 }
-trap 'ask_to_stop "the batch system"' USR1
+trap 'ask_to_stop "the batch system"' USR1 USR2
 trap 'ask_to_stop "SIGTERM"' TERM
+trap 'ask_to_stop "SIGINT"' INT
 [ -z "$early" ] || ask_to_stop "the batch system"
 
 # Seconds before the end that saving needs.
@@ -191,11 +211,20 @@ check='
     shift 3
     for path; do
         [ -r "$path" ] || { echo "0 node $node: not there or not readable: $path"; exit 1; }
-    done'
-srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --gpu-bind=none \
+    done
+    echo "1 $node"'
+timeout 120 srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --gpu-bind=none \
     bash -c "$check" check "$RUN_DIR" "$logs" "$SLURM_JOB_ID.$attempt" "${NEEDED[@]}" \
-    > "$logs/check.log" 2>&1 ||
-    give_up "$(sed 's/^srun: error: //' "$logs/check.log" | sort | head -n 1)"
+    > "$logs/check.log" 2>&1
+case $? in
+0) ;;
+124) # as a node with a file server that hangs
+    silent=$(scontrol show hostnames "$SLURM_JOB_NODELIST" |
+        grep -vxFf <(sed -n 's/^1 //p' "$logs/check.log") | paste -sd' ')
+    give_up "no answer within 120 s from node(s) $silent"
+    ;;
+*) give_up "$(grep -v '^1 ' "$logs/check.log" | sed 's/^srun: error: //' | sort | head -n 1)" ;;
+esac
 
 # --- the ranks
 
