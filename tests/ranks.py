@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -18,13 +19,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
-from sft_job import checkpoint, dataset, flops, fsdp, memory, trainer, zero3
+from sft_job import checkpoint, dataset, export, flops, fsdp, memory, trainer, zero3
 from sft_job import model as models
 from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import load
-from sft_job.errors import WorkerError
+from sft_job.errors import Interrupted, WorkerError
 from sft_job.metrics import Meter, Reporter, Silence, peak_memory_gib
 from sft_job.model import WeightFiles
 from sft_job.plan import Plan, plan_of, schedule_of
@@ -493,3 +495,22 @@ def agreement(world: World, job: Path) -> list[str | None]:
         else:
             said.append(None)
     return said
+
+
+def stopped_export(world: World, model: Path, target: Path, at: int) -> int:
+    """Write a model in files of 20 kB, until asked to stop for the time `at`; how often asked."""
+    network = AutoModelForCausalLM.from_pretrained(model)
+    asked = 0
+
+    def pause() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == at:
+            raise Interrupted("as asked")
+
+    with mock.patch.object(export, "SHARD_BYTES", 20_000), contextlib.suppress(Interrupted):
+        export.write(
+            target, network, network.named_parameters(), None, None, world,
+            source=model, dtype=torch.bfloat16, pause=pause,
+        )  # fmt: skip
+    return asked

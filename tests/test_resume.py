@@ -188,14 +188,32 @@ def test_other_signals_and_the_loading_phase(folder: Path, job: Path, number: in
 
 
 def test_stop_file_stops_like_a_signal(folder: Path, job: Path) -> None:
-    """A file named for this attempt stops it; the next attempt is not concerned."""
+    """A file named for this attempt stops it; one that was there before is of another."""
     run = RunDir(folder / "stop-file")
     run.claim(ranks.load(job, [f"run.dir={run.path}"]), job.read_text())
     run.stop_file(1).touch()
-    result = sft_job("train", job, f"run.dir={run.path}")
-    assert result.returncode == 75
-    assert "stop file stop-1" in result.stderr
+    process = subprocess.Popen(
+        command("train", job, f"run.dir={run.path}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+    while run.stop_file(1).exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    run.stop_file(1).touch()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "stop file stop-1" in output
     run_job(job, f"run.dir={run.path}")
+
+
+def test_stopped_while_the_model_is_written(tmp_path: Path) -> None:
+    """All ranks leave at the same file; no half-written model is to be seen."""
+    model = make_model(tmp_path / "model")
+    assert on_ranks(ranks.stopped_export, 2, model, tmp_path / "run" / "model", 3) == [3, 3]
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
