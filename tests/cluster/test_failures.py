@@ -11,7 +11,7 @@ import pytest
 from sft_job import follow
 from sft_job.rundir import RunDir
 from tests.cluster import jobs
-from tests.runs import sft_job
+from tests.runs import ROOT, sft_job
 
 SOON_S = 60.0
 
@@ -58,8 +58,11 @@ def test_a_task_that_raises(job: Path, tmp_path: Path) -> None:
 
 def test_an_image_that_is_gone(job: Path, tmp_path: Path) -> None:
     """There when the job was submitted; each node looks for it before anything starts."""
-    image = tmp_path / "x.sif"
-    image.write_bytes(b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0")
+    image, empty = tmp_path / "x.sif", tmp_path / "empty"
+    empty.mkdir()
+    for command in (["tests/cluster/apptainer_install.sh"],
+                    ["apptainer", "build", "--fakeroot", image, empty]):  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
     began = time.monotonic()
     held = ["slurm.extra={begin: now+5}"]
     container = f"container={{type: apptainer, image: {image}}}"
@@ -117,8 +120,9 @@ def test_cancelled_with_a_checkpoint(job: Path) -> None:
     assert "interrupted by cancelled by the user" in status
     # By hand, as the script says.
     by_hand = jobs.slurm("sbatch", "--parsable", f"--chdir={run.path}", str(run.script))
+    jobs.wait_for_words(run, "attempt 2, ")
+    assert jobs.job_id(run) == by_hand
     jobs.wait_for_step(run, step + 1)
     assert jobs.attempts_of(run)[-1] == 2
-    assert jobs.job_id(run) == by_hand
     sft_job("submit", "cancel", run.path)
     jobs.wait_for_end(run, SOON_S)
