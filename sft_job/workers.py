@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_job.cli import STOP_SIGNALS, StopRequest
-from sft_job.errors import SftJobError, UserError, WorkerError
+from sft_job.errors import SftJobError, SlurmError, UserError, WorkerError
 from sft_job.hardware import cores
 from sft_job.rundir import RunDir, read_json, write_atomically
 
@@ -98,6 +98,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
 
     Raises:
         WorkerError: the variables are there in part only.
+        SlurmError: a container has kept Slurm's variables out.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -129,7 +130,30 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
             environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
             int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 12768),
         )
+    if "APPTAINER_CONTAINER" in environ and "SLURM_JOB_ID" not in environ and _under_slurm():
+        raise SlurmError(
+            "this is a task of a Slurm job, but Slurm's variables are not here: each task would "
+            "take itself for the whole job",
+            remedy="start the container without --cleanenv, --containall and APPTAINER_CLEANENV; "
+            "or, if this is the only task, with --env SLURM_JOB_ID=$SLURM_JOB_ID",
+        )
     return None
+
+
+def _under_slurm() -> bool:
+    """A Slurm step is among the processes that have started this one, or its cgroup says so
+    (a container with process numbers of its own shows no others)."""
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        except OSError:  # it has ended, or belongs to somebody else
+            break
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        if fields["Name"] == "slurmstepd":
+            return True
+        pid = int(fields["PPid"])
+    return "slurm" in Path("/proc/self/cgroup").read_text(encoding="utf-8")
 
 
 def _first_host(nodes: str) -> str:

@@ -17,6 +17,7 @@ from sft_job.errors import (
     HardwareError,
     Interrupted,
     SftJobError,
+    SlurmError,
     TrainingError,
     UserError,
     WorkerError,
@@ -119,6 +120,18 @@ def test_variables_of_our_own_win_over_those_of_slurm():
     """torchrun inside a SLURM step, or our launcher inside one."""
     assert find_place(STEP | TORCHRUN).master_addr == "node1"
     assert find_place(STEP | OURS.environment()) == OURS
+
+
+def test_a_slurm_task_whose_container_hides_slurm_is_refused(monkeypatch):
+    """Else each of its tasks would start the whole job; outside of Slurm there is nothing to hide.
+    The processes themselves are looked at in tests/images/test_slurm.py."""
+    inside = {"APPTAINER_CONTAINER": "/images/sft_job.sif"}
+    monkeypatch.setattr(workers, "_under_slurm", lambda: True)
+    with pytest.raises(SlurmError, match="each task would take itself for the whole job"):
+        find_place(inside)
+    assert find_place(inside | {"SLURM_JOB_ID": "7"}) is None
+    monkeypatch.setattr(workers, "_under_slurm", lambda: False)
+    assert find_place(inside) is None
 
 
 @pytest.mark.parametrize(
