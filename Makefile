@@ -2,6 +2,7 @@
 # make test          environment, lint, types, tests
 # make accept        quickstart under both engines, its result checked
 # make cluster       jobs on a real Slurm of two nodes on this machine (root, Debian; installs it)
+# make images        real container images on a stand-in base, run by Docker, Podman, Apptainer (the same)
 #
 # Everything goes into .venv and runs/; a second call reuses what is there.
 
@@ -20,7 +21,7 @@ PROCESSES := $(if $(HAS_GPU),,run.processes=2)
 
 QUESTIONS := --prompt "Who are you?" --prompt "Who made you?"
 
-.PHONY: quickstart test accept cluster
+.PHONY: quickstart test accept cluster images
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +53,9 @@ test: $(VENV)/.test
 
 cluster: $(VENV)/.test
 	SFT_JOB_CLUSTER=$(if $(ALL),all,1) $(BIN)/python -m pytest tests/cluster
+
+images: $(VENV)/.test
+	SFT_JOB_IMAGES=$(if $(ALL),all,1) $(BIN)/python -m pytest tests/images
 
 accept:
 	$(MAKE) quickstart RUN=runs/accept-fsdp

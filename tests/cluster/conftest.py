@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+USER = "sft-job-test"
 ASKED = "SFT_JOB_CLUSTER"  # 1: what CI runs; all: every combination
 
 
@@ -50,3 +52,11 @@ def cluster() -> Iterator[Path]:
         yield state
     subprocess.run([HERE / "slurm_down.sh", state], timeout=60, check=False)
     shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def user() -> Iterator[pwd.struct_passwd]:
+    """Without a home, and with nothing in /root to lean on."""
+    subprocess.run(["useradd", "--no-create-home", USER], check=True)
+    yield pwd.getpwnam(USER)
+    subprocess.run(["userdel", USER], check=True)

@@ -18,7 +18,6 @@ from tests.cluster import jobs
 from tests.runs import ROOT, run_job
 
 HERE = Path(__file__).parent
-USER = "sft-job-test"
 PACKAGES = site.getsitepackages()[0]
 
 
@@ -44,14 +43,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(root)
     yield file
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def user() -> Iterator[pwd.struct_passwd]:
-    """Without a home, and with nothing in /root to lean on."""
-    subprocess.run(["useradd", "--no-create-home", USER], check=True)
-    yield pwd.getpwnam(USER)
-    subprocess.run(["userdel", USER], check=True)
 
 
 @pytest.fixture(scope="module")
