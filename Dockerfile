@@ -184,6 +184,7 @@ LABEL org.opencontainers.image.title="sft_job" \
     org.opencontainers.image.source="$SOURCE" \
     org.opencontainers.image.base.name="$FINAL_BASE" \
     org.opencontainers.image.base.digest="$FINAL_DIGEST" \
+    sft_job.version="$VERSION" \
     sft_job.flavor="$FLAVOR"
 WORKDIR /workspace
 USER 10001:10001

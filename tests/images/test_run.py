@@ -85,6 +85,7 @@ def test_host_variables_reach_apptainer(tool: Tool, job: Path) -> None:
 def test_apptainer_has_labels_help_and_a_test(tool: Tool, job: Path) -> None:
     labels = run("apptainer", "inspect", "--labels", tool.image).stdout
     assert f"org.opencontainers.image.version: {__version__}" in labels
+    assert f"sft_job.version: {__version__}" in labels  # what `sft-job submit` looks for
     assert "sft_job.flavor: cpu" in labels
     assert "--cleanenv" in run("apptainer", "run-help", tool.image).stdout
     words = tool.command(folder=job.parent)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_job import __version__
 from sft_job.rundir import RunDir
 from tests.cluster import jobs
 from tests.images.containers import run
@@ -63,6 +64,7 @@ def test_exec_under_slurm(folder: Path, sif: Path, job: Path, user: pwd.struct_p
     submit = ["/usr/bin/python3", "-m", "sft_job", "submit", job, container, "--wait"]
     said = as_user(user, *submit, f"run.dir={result.path}")
     assert result.done.exists(), said + jobs.output(result)
+    assert f"container  apptainer: {sif}, sft_job {__version__}\n" in said
     jobs.assert_same_weights(result, expected)
 
 
