@@ -19,7 +19,9 @@
 # `docker buildx imagetools inspect` and give them as --build-arg FINAL_DIGEST=@sha256:...
 ARG BUILD_BASE=docker.io/nvidia/cuda:12.8.1-devel-ubuntu24.04
 ARG BUILD_DIGEST=
-ARG FINAL_BASE=docker.io/nvidia/cuda:12.8.1-base-ubuntu24.04
+# Without CUDA: torch brings its own. NVIDIA's bases also have a libcuda for data-centre GPUs (cuda-compat)
+# that some container toolkits put before the driver's own, and GeForce cards fail with.
+ARG FINAL_BASE=docker.io/library/ubuntu:24.04
 ARG FINAL_DIGEST=
 # The base's own Python: packages are locked for 3.12.
 ARG PYTHON=3.12
@@ -134,7 +136,7 @@ RUN groupadd --gid 10001 sft_job \
 COPY --from=environment /opt/venv /opt/venv
 # For any user: read by all, changed by nobody. Nothing that a site or a user may want to set
 # otherwise: Apptainer lets these win. PYTORCH_VERSION is left out, at which Pyxis sets RANK.
-# The driver that is needed is that of CUDA 12.0; the base would ask for one of 12.8.
+# The driver that is needed is that of CUDA 12.0.
 ARG FLAVOR
 ARG WITH_FLASH_ATTN
 ARG WITH_FA3
@@ -173,7 +175,9 @@ ARG SOURCE=unknown
 COPY docker/locks/${FLAVOR}.txt /opt/sft_job/locks/
 COPY docker/entrypoint.sh docker/environment.sh docker/help.txt docker/check_image.py \
     docker/steps/record.py /opt/sft_job/
-RUN python /opt/sft_job/check_image.py "$FLAVOR" && python /opt/sft_job/record.py
+# The modes of a checkout are its owner's: read by all, whatever their umask was.
+RUN chmod -R a+rX /opt/sft_job \
+    && python /opt/sft_job/check_image.py "$FLAVOR" && python /opt/sft_job/record.py
 
 LABEL org.opencontainers.image.title="sft_job" \
     org.opencontainers.image.description="Full-parameter fine-tuning of LLaMA-family chat models" \

@@ -14,8 +14,9 @@
 #   docker/build.sh save --tag NAME:TAG FILE.tar       for `docker load`, and for the next
 #   docker/build.sh sif FILE.tar FILE.sif [--flavor volta] [-- --fakeroot ...]      for Apptainer
 #
-# A site without internet: wheelhouse and the base images (docker save) on a machine that has it, then
-# image --offline there. Or build outside, and carry the result: save, or sif.
+# A site without internet: build outside, and carry the result: save, or sif. To build inside, carry
+# docker/wheels of `wheelhouse`, and the two bases with their system packages (docs/images.md).
+# cpu needs a base with Python 3.11 and PyTorch's CPU wheel, from its own index (--pip-conf) or docker/wheels.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")
 
@@ -44,7 +45,7 @@ choose_tool() {
 
 command=${1-}
 [ $# -eq 0 ] || shift
-flavor=ampere tag='' tool='' fa3='' pip_conf='' ca='' flash_attn=1 offline=0 operands=() extra=()
+base='' flavor=ampere tag='' tool='' fa3='' pip_conf='' ca='' flash_attn=1 offline=0 operands=() extra=()
 while [ $# -gt 0 ]; do
     case $1 in
     --flavor) flavor=$(value "$@"); shift ;;
@@ -71,7 +72,7 @@ esac
 case $flavor in
 ampere) file=Dockerfile definition=docker/sft_job.def ;;
 volta) file=docker/Dockerfile.v100 definition=docker/sft_job.v100.def ;;
-cpu) file=Dockerfile definition=docker/sft_job.def flash_attn=0 ;;
+cpu) file=Dockerfile definition=docker/sft_job.def flash_attn=0 base=docker.io/library/debian:12 ;;
 *) die "--flavor $flavor is not known" "ampere, volta or cpu" ;;
 esac
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' sft_job/__init__.py)
@@ -82,6 +83,9 @@ build() { # build TARGET OPTION...: options of the build that this tool and thes
     shift
     choose_tool
     arguments=(--file "$file" --target "$target" --build-arg "FLAVOR=$flavor" --build-arg "VERSION=$version")
+    if [ -n "$base" ]; then # its lock is for Python 3.11, and nothing of it needs nvcc
+        arguments+=(--build-arg "FINAL_BASE=$base" --build-arg "BUILD_BASE=$base" --build-arg PYTHON=3.11)
+    fi
     if [ "$flavor" != volta ]; then
         arguments+=(--build-arg "WITH_FLASH_ATTN=$flash_attn")
     elif [ "$flash_attn" = 0 ] || [ -n "$fa3" ]; then

@@ -16,6 +16,11 @@ if [ -z "${SFT_JOB_KEEP_PYTHONPATH-}" ]; then
     export PYTHONPATH='' PYTHONHOME='' # Apptainer puts back what is unset
 fi
 
+# Slurm's TMPDIR is often a folder of the node that nobody has bound.
+if [ -n "${TMPDIR-}" ] && ! { [ -d "$TMPDIR" ] && [ -w "$TMPDIR" ]; }; then
+    export TMPDIR=/tmp
+fi
+
 # Compiled code: on the node, not in a home that nodes with other CPUs share; and in a folder that
 # is surely ours, since what lies in it is executed.
 sft_job_uid=$(id -u)

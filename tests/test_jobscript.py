@@ -204,10 +204,12 @@ def test_awkward_names_reach_srun_as_they_are(
     assert result.returncode == 0, result.stdout + result.stderr
     check, ranks, *cleaning = calls(record)
     words, options = jobscript.container_command(config, jobscript.bound(config, {}))
-    deaf = ["sh", "-c", 'trap "" USR1 USR2 TERM; exec "$@"', "sh"]
-    assert ranks[-8 - len(words) :] == [
-        *words, *deaf, python, "-m", "sft_job.train", f"{config.run.dir}/job.json"
-    ]  # fmt: skip
+    shell, start, name = ranks[-8], ranks[-6], ranks[-5]
+    assert (shell, name) == ("sh", "sh")
+    assert start.startswith('trap "" USR1 USR2 TERM\n')
+    assert start.endswith('exec "$@"')
+    assert ranks[-8 - len(words) : -8] == words
+    assert ranks[-4:] == [python, "-m", "sft_job.train", f"{config.run.dir}/job.json"]
     assert [o for o in ranks if o.startswith("--container") or o.startswith("--no-container")] == (
         options
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -217,4 +218,19 @@ def test_base_is_a_stand_in() -> None:
         text = (ROOT / file).read_text()
         assert BASE not in text
         assert re.search(r"^ARG BUILD_BASE=\S+-devel-ubuntu24\.04$", text, re.MULTILINE)
-        assert re.search(r"^ARG FINAL_BASE=\S+-base-ubuntu24\.04$", text, re.MULTILINE)
+        assert re.search(r"^ARG FINAL_BASE=\S+ubuntu:24\.04$", text, re.MULTILINE)
+
+
+def test_bake_file(tools: Path) -> None:
+    """Both images, with the arguments that their files have, in this version."""
+    file = ROOT / "docker/docker-bake.hcl"
+    plan = json.loads(run("docker", "buildx", "bake", "--print", "--file", file).stdout)
+    for name, dockerfile in zip(("ampere", "volta"), DOCKERFILES, strict=True):
+        target = plan["target"][name]
+        assert target["dockerfile"] == dockerfile
+        assert target["tags"] == [f"sft_job:{__version__}-{name}"]
+        text = (ROOT / dockerfile).read_text()
+        for argument, value in target["args"].items():
+            declared = re.findall(rf"^ARG {argument}=(.*)$", text, re.MULTILINE)
+            assert declared, argument
+            assert value == declared[0].strip('"'), argument

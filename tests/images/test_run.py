@@ -73,10 +73,12 @@ def test_host_variables_reach_apptainer(tool: Tool, job: Path) -> None:
     words = tool.command("env", folder=job.parent)
     words[words.index("run")] = "exec"
     at = words.index("OMP_NUM_THREADS=1")
-    words[at:at] = ["TORCH_EXTENSIONS_DIR=/mine", "HF_HOME=/hub", "PYTHONPATH=/elsewhere"]
+    words[at:at] = ["TORCH_EXTENSIONS_DIR=/mine", "HF_HOME=/hub", "PYTHONPATH=/elsewhere",
+                    "TMPDIR=/not/bound"]  # fmt: skip
     found = dict(line.split("=", 1) for line in run(*words).stdout.splitlines() if "=" in line)
     assert found["TORCH_EXTENSIONS_DIR"] == "/mine"
     assert found["HF_HOME"] == "/hub"
+    assert found["TMPDIR"] == "/tmp"
     assert found["TRITON_CACHE_DIR"].startswith("/tmp/")
     assert found.get("PYTHONPATH", "") == ""
 

@@ -239,9 +239,12 @@ if [ "${CONTAINER[0]:-}" = apptainer ]; then
 fi
 
 # A signal that comes before a rank can handle it would end it. Ignored inside the container: what is
-# ignored outside does not stay so. Python takes over when it can.
+# ignored outside does not stay so. Python takes over when it can. Our images say what else they need
+# of the environment; Pyxis, and Apptainer without our definition file, do not read that.
 # shellcheck disable=SC2016 # expanded there
-deaf=(sh -c 'trap "" USR1 USR2 TERM; exec "$@"' sh)
+deaf=(sh -c 'trap "" USR1 USR2 TERM
+    [ -z "${SFT_JOB_FLAVOUR-}" ] || . /opt/sft_job/environment.sh
+    exec "$@"' sh)
 # --gpu-bind=none: a rank takes the GPU of its SLURM_LOCALID; isolating each breaks CUDA IPC.
 srun --nodes="$NODES" --ntasks="$ranks" --ntasks-per-node="$TASKS_PER_NODE" \
     --cpus-per-task="$cpus" --cpu-bind=cores --gpu-bind=none --kill-on-bad-exit=1 \
