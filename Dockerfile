@@ -75,7 +75,7 @@ COPY docker/steps/wheel.sh docker/steps/lock-part.sh docker/locks/${FLAVOR}.txt 
 
 
 # DS_ACCELERATOR: without a GPU in sight DeepSpeed would build its CPU optimizer under the same name.
-# One architecture below 8 in the list would take bf16 out of the optimizer for all of them.
+# One architecture below 8 in the list would switch DeepSpeed's bf16 off for all of them.
 # CPU Adam is left to the first use: it is compiled for the CPU that it runs on.
 FROM builder AS wheel-deepspeed
 ARG FLAVOR

@@ -5,7 +5,7 @@
 #       --flavor ampere|volta|cpu   A100, H100, B200 | V100, T4 | no GPU, to try          (ampere)
 #       --tag NAME:TAG                                                  (sft_job:VERSION-FLAVOR)
 #       --no-flash-attn             minutes instead of half an hour; torch's own kernel (ampere)
-#       --fa3 WHEEL                 add flash-attn 3 for H100 from a wheel in docker/wheels   (ampere)
+#       --fa3 WHEEL --fa3-sha256 HEX     add flash-attn 3 for H100 from docker/wheels         (ampere)
 #       --offline                   packages from docker/wheels alone
 #       --pip-conf FILE --ca FILE   a mirror, and its certificate (pip.conf: cert = /run/secrets/ca_cert)
 #       --tool docker|buildah|podman                                      (the first that is there)
@@ -45,13 +45,14 @@ choose_tool() {
 
 command=${1-}
 [ $# -eq 0 ] || shift
-base='' flavor=ampere tag='' tool='' fa3='' pip_conf='' ca='' flash_attn=1 offline=0 operands=() extra=()
+base='' flavor=ampere tag='' tool='' fa3='' fa3_sha256='' pip_conf='' ca='' flash_attn=1 offline=0 operands=() extra=()
 while [ $# -gt 0 ]; do
     case $1 in
     --flavor) flavor=$(value "$@"); shift ;;
     --tag) tag=$(value "$@"); shift ;;
     --tool) tool=$(value "$@"); shift ;;
     --fa3) fa3=$(value "$@"); fa3=$(realpath -m "$fa3"); shift ;;
+    --fa3-sha256) fa3_sha256=$(value "$@"); shift ;;
     --pip-conf) pip_conf=$(value "$@"); pip_conf=$(realpath -m "$pip_conf"); shift ;;
     --ca) ca=$(value "$@"); ca=$(realpath -m "$ca"); shift ;;
     --no-flash-attn) flash_attn=0 ;;
@@ -97,7 +98,8 @@ build() { # build TARGET OPTION...: options of the build that this tool and thes
             ;;
         esac
         [ -f "$fa3" ] || die "--fa3 $fa3 is not there" "put the wheel into docker/wheels"
-        arguments+=(--build-arg WITH_FA3=1 --build-arg "FA3_SHA256=$(sha256sum "$fa3" | cut -d' ' -f1)")
+        [ -n "$fa3_sha256" ] || die "--fa3 needs --fa3-sha256" "take it from where the wheel comes from"
+        arguments+=(--build-arg WITH_FA3=1 --build-arg "FA3_SHA256=$fa3_sha256")
     fi
     if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
         # The commit's time, not now: the same commit gives the same layers.
