@@ -59,8 +59,8 @@ def test_bill_of_materials_is_valid_and_whole(tools: Path, image: str, tmp_path:
     program = (
         "import sys; from cyclonedx.schema import SchemaVersion; "
         "from cyclonedx.validation.json import JsonStrictValidator; "
-        "sys.exit(str(JsonStrictValidator(SchemaVersion.V1_6).validate_str("
-        "open(sys.argv[1]).read()) or ''))"
+        "fault = JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read()); "
+        "sys.exit(str(fault) if fault else 0)"
     )
     run(tools / "lint/bin/python", "-c", program, file)
     components = json.loads(file.read_text())["components"]
