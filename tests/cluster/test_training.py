@@ -118,12 +118,13 @@ KINDS = {
 }
 IN_CI = {
     ("fsdp", "sbatch", "scancel --signal"),
-    ("zero3", "sbatch", "--signal"),
+    ("fsdp", "sbatch", "--signal"),
+    ("zero3", "sbatch", "scancel --signal"),
     ("fsdp", "sbatch", "scontrol requeue"),
     ("fsdp", "sbatch", "node down"),
     ("fsdp", "sbatch", "time limit"),
     ("fsdp", "submitit", "no requeue"),
-    ("zero3", "submitit", "scancel --signal"),
+    ("fsdp", "submitit", "scancel --signal"),
 }
 
 
