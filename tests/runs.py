@@ -158,7 +158,7 @@ def sft_job(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         env=environment() | options.pop("env", {}),
-        timeout=240,
+        timeout=400,
         **options,
     )
 
@@ -270,7 +270,7 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[A
     results: dict[int, Any] = {}
     try:
         while len(results) < size:
-            rank, value, error = queue.get(timeout=180)
+            rank, value, error = queue.get(timeout=420)
             assert error is None, f"rank {rank}:\n{error}"
             results[rank] = value
     finally:

@@ -63,7 +63,7 @@ def tracked(model: ModelFacts, setting: Setting, lengths: list[int], micro_batch
         text=True,
         cwd=ROOT,
         env=environment(),
-        timeout=290,
+        timeout=470,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return int(json.loads(result.stdout.splitlines()[-1])["peak"])

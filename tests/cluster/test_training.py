@@ -122,7 +122,6 @@ IN_CI = {
     ("zero3", "sbatch", "scancel --signal"),
     ("fsdp", "sbatch", "scontrol requeue"),
     ("fsdp", "sbatch", "node down"),
-    ("fsdp", "sbatch", "time limit"),
     ("fsdp", "submitit", "no requeue"),
     ("fsdp", "submitit", "scancel --signal"),
 }
