@@ -66,6 +66,7 @@ class RunDir:
         self.script = self.path / "job.sh"
         self.cancelled = self.path / "CANCELLED"
         self.submissions = self.path / "submissions.jsonl"
+        self.progress = self.path / "progress"
         self.save_seconds = self.path / "save_seconds"
         self.submitit = self.path / "submitit"
 

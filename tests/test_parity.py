@@ -102,7 +102,11 @@ def test_fp16_follows_fp32(reference, engine: str) -> None:
     trained, wanted = weights(run.model), weights(expected.model)
     for name, tensor in trained.items():
         assert tensor.dtype == torch.float16
-        torch.testing.assert_close(tensor.float(), wanted[name], rtol=2**-11, atol=3e-4)
+        # As a whole no further off than rounding to fp16 takes it; a single element, whose gradient
+        # is all rounding on one processor and not on another, by no more than one of Adam's steps.
+        difference = tensor.float() - wanted[name]
+        assert difference.norm() <= 2**-11 / 3**0.5 * wanted[name].norm(), name
+        assert difference.abs().max() <= 1e-3, name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
