@@ -43,10 +43,10 @@ ARG PYTHON
 ARG FLAVOR
 COPY docker/steps/locked.sh docker/steps/lock-part.sh docker/locks/${FLAVOR}.txt /build/
 RUN --mount=type=bind,source=docker/wheels,target=/wheels \
-    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=cache,target=/pip-cache \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_cert \
-    /build/locked.sh "$PYTHON" "/build/$FLAVOR.txt"
+    PIP_CACHE_DIR=/pip-cache /build/locked.sh "$PYTHON" "/build/$FLAVOR.txt"
 
 
 # For sites without internet: docker/build.sh wheelhouse
@@ -54,10 +54,10 @@ FROM environment AS fetch
 ARG FLAVOR
 COPY docker/steps/fetch.sh /build/
 RUN --mount=type=bind,source=docker/wheels,target=/wheels \
-    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=cache,target=/pip-cache \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_cert \
-    /build/fetch.sh "/build/$FLAVOR.txt"
+    PIP_CACHE_DIR=/pip-cache /build/fetch.sh "/build/$FLAVOR.txt"
 
 FROM scratch AS wheelhouse
 COPY --from=fetch /wheelhouse /
