@@ -66,10 +66,14 @@ def known_state(submission: dict[str, Any]) -> str | None:
     return ask(submission["job"])
 
 
+def asked(run_dir: RunDir) -> list[tuple[dict[str, Any], str | None]]:
+    """The newest submissions with what is known of each; in the order of submission."""
+    return [(record, known_state(record)) for record in submissions(run_dir)[-NEWEST:]]
+
+
 def live(run_dir: RunDir) -> list[tuple[dict[str, Any], str]]:
-    """The jobs that are, or may come back, with their states; in the order of submission."""
-    found = [(record, known_state(record)) for record in submissions(run_dir)[-NEWEST:]]
-    return [(record, state) for record, state in found if state in ALIVE | UNSURE]
+    """Those of them that are, or may come back."""
+    return [(record, state) for record, state in asked(run_dir) if state in ALIVE | UNSURE]
 
 
 def attempts(run_dir: RunDir) -> int:
@@ -85,9 +89,13 @@ def observed(run_dir: RunDir) -> tuple[str, str | None, dict[str, Any] | None]:
     """The state in one word, what the batch system says, and the submission of which it is: the
     one that runs, else the one that waits, else the last."""
     # Asked before looking at the marks: a job that ends between the two has left them.
-    found = sorted(live(run_dir), key=lambda job: (job[1] in UNSURE, job[1] == "PENDING"))
-    records = submissions(run_dir)
-    last, known = found[0] if found else (records[-1] if records else None, None)
+    found = asked(run_dir)
+    there = sorted(
+        (job for job in found if job[1] in ALIVE | UNSURE),
+        key=lambda job: (job[1] in UNSURE, job[1] in WAITING),
+    )
+    chosen = there[:1] or found[-1:]
+    last, known = chosen[0] if chosen else (None, None)
     if run_dir.done.exists():
         return "DONE", known, last
     if last is None:
@@ -99,8 +107,8 @@ def observed(run_dir: RunDir) -> tuple[str, str | None, dict[str, Any] | None]:
         return "FAILED", known, last
     if run_dir.interrupted.exists():
         return "INTERRUPTED", known, last
-    if last["cluster"] == "slurm":
-        known = known or known_state(last) or slurm.ending(last["job"])
+    if known is None and last["cluster"] == "slurm":
+        known = slurm.ending(last["job"])
     return known or "UNKNOWN", known, last
 
 
