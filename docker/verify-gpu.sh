@@ -3,7 +3,7 @@
 #
 #   docker/verify-gpu.sh [--tool docker|podman|apptainer] [--scratch FOLDER] [--dry-run] IMAGE [CHECK...]
 #
-# Runs in the image, offline, read-only and as the user who calls:
+# Runs in the image, read-only and as the user who calls, without a network but under Apptainer:
 #   gpus            the GPUs, and that the image and its torch are for them and for the driver
 #   image           what the build has checked, again
 #   kernels         every attention and loss kernel against exact references, with gradients
