@@ -23,11 +23,8 @@ SBATCH_TIMEOUT_S = 300.0  # a loaded controller takes its time, and a second job
 # sbatch takes options from variables before those of a script. What sites and users set for every
 # job fills in what the job file leaves open; nothing else may overrule it.
 DEFAULTS = {
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_QOS": "qos",
-    "SBATCH_RESERVATION": "reservation",
+    f"SBATCH_{key.upper()}": key
+    for key in ("account", "constraint", "partition", "qos", "reservation")
 }
 # Of an allocation that this program is called in, srun would take the options.
 ABOUT_A_JOB = re.compile(r"SBATCH_|SRUN_|SLURMD_|SLURM_(?!(?:CONF|CONF_SERVER|JWT|CLUSTERS)$)")
@@ -147,13 +144,17 @@ class LocalAttempt(Attempt):
 # --- asking Slurm -----------------------------------------------------------------------
 
 
-def site_defaults(slurm: Slurm, environ: Mapping[str, str]) -> dict[str, str]:
-    """Keys of the job's `slurm` section that the environment fills in, with their values."""
-    return {
+def with_site_defaults(slurm: Slurm, environ: Mapping[str, str]) -> tuple[Slurm, list[str]]:
+    """The `slurm` section with what the environment fills in, and a line for each variable."""
+    found = {
         key: environ[name]
         for name, key in DEFAULTS.items()
         if environ.get(name) and getattr(slurm, key) is None
     }
+    lines = [f"{key} {value}, from SBATCH_{key.upper()}" for key, value in found.items()]
+    ignored = sorted(n for n in environ if n.startswith("SBATCH_") and n not in DEFAULTS)
+    lines += [f"{name} is left out: the job file decides" for name in ignored]
+    return slurm.model_copy(update=found), lines
 
 
 def clean(environ: Mapping[str, str]) -> dict[str, str]:
@@ -339,9 +340,8 @@ def account_notes(wanted: Slurm) -> Iterator[str]:
     accounts = sorted({row[0] for row in rows})
     if account is not None and account not in accounts:
         raise SubmitError(
-            [f"slurm.account: {user} has no account {wanted.account!r}; "
-             f"{', '.join(accounts) or 'none at all'}"]
-        )  # fmt: skip
+            [f"slurm.account: {user} has no account {wanted.account!r}; {', '.join(accounts)}"]
+        )
     allowed = {q for row in rows for q in row[1].split(",") if account in (None, row[0])}
     if wanted_qos is not None and wanted_qos not in allowed:
         raise SubmitError(

@@ -71,7 +71,11 @@ def main(argv: Sequence[str]) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     """Check -> claim -> write the script -> queue."""
-    config, notes = _site_defaults(load(args.job, args.overrides))
+    config = load(args.job, args.overrides)
+    notes: list[str] = []
+    if config.slurm is not None:
+        section, notes = slurm.with_site_defaults(config.slurm, os.environ)
+        config = config.model_copy(update={"slurm": section})
     if args.fetch:
         fetch(config)
     if revision := hub_revision(config):
@@ -80,7 +84,7 @@ def submit(args: argparse.Namespace) -> int:
     run_dir = RunDir(config.run.dir)
     plan, lines = check(config, local=args.cluster == "local", waits_for=args.after)
     text = script_of(config, plan)
-    for line in [*notes, *lines]:
+    for line in [*(f"{'slurm':<10} {note}" for note in notes), *lines]:
         print(line)
     if args.dry_run:
         print(f"\n--- {run_dir.script}\n{text}")
@@ -99,19 +103,6 @@ def submit(args: argparse.Namespace) -> int:
         append_line(run_dir.submissions, json.dumps(record))
     print(f"submitted: job {job}\n  sft-job submit status {shlex.quote(str(run_dir.path))}")
     return follow.wait(run_dir) if args.wait else 0
-
-
-def _site_defaults(config: JobConfig) -> tuple[JobConfig, list[str]]:
-    """What site and user have set for all jobs, where the job file says nothing; with a note."""
-    if config.slurm is None:
-        return config, []
-    found = slurm.site_defaults(config.slurm, os.environ)
-    filled = config.slurm.model_copy(update=found)
-    names = {key: name for name, key in slurm.DEFAULTS.items()}
-    notes = [f"slurm      {key} {value}, from {names[key]}" for key, value in found.items()]
-    ignored = sorted(n for n in os.environ if n.startswith("SBATCH_") and n not in slurm.DEFAULTS)
-    notes += [f"slurm      {name} is left out: the job file decides" for name in ignored]
-    return config.model_copy(update={"slurm": filled}), notes
 
 
 def script_of(config: JobConfig, plan: Plan | None) -> str:
@@ -342,7 +333,7 @@ def _container(config: JobConfig) -> Iterator[str]:
     if container is None:
         yield f"none: {sys.executable}"
         return
-    version = "version not checked: it is not a file of this machine"
+    version = "version not checked: it is not a SIF file of this machine"
     if isinstance(container, Apptainer) and "://" not in container.image:
         image = Path(container.image)
         if not os.access(image, os.R_OK):
