@@ -218,7 +218,7 @@ def test_awkward_names_reach_srun_as_they_are(
         config.run.dir, "logs/attempt-1", "7.1", *needed
     ]  # fmt: skip
     # Apptainer's folder for what the tasks of a node share.
-    expected = ["rm", "-rf", "--", "/tmp/sft_job-7"]
+    expected = ["rm", "-rf", "--", "/tmp/sft_job-job-7"]
     assert [call[-4:] for call in cleaning] == ([expected] if kind == "apptainer" else [])
     assert not list(tmp_path.rglob("hacked"))
 

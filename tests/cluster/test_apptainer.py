@@ -83,6 +83,6 @@ def test_inside_an_image_as_an_ordinary_user(
     run = RunDir(folder / engine / "run")
     assert result.returncode == 0, result.stdout + result.stderr + jobs.output(run)
     assert "data       128 samples, encoded: " in result.stdout
-    assert not list(Path("/tmp").glob("sft_job-[0-9]*"))  # Apptainer's folder of this job
+    assert not list(Path("/tmp").glob("sft_job-job-*"))  # Apptainer's folder of this job
     assert run.model.stat().st_uid == user.pw_uid
     jobs.assert_same_weights(run, expected)

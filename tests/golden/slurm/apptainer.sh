@@ -246,7 +246,7 @@ if [ "${CONTAINER[0]:-}" = apptainer ]; then
     command -v apptainer > /dev/null || give_up "node $node: apptainer is not installed"
     # Tasks of a node in one set of namespaces, for GPU peer access; Apptainer 1.3 and newer. What
     # it writes for that goes into the home folder by default, which may not be there.
-    [ -n "${APPTAINER_CONFIGDIR:-}" ] || ours=/tmp/sft_job-$SLURM_JOB_ID
+    [ -n "${APPTAINER_CONFIGDIR:-}" ] || ours=/tmp/sft_job-job-$SLURM_JOB_ID
     export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-$ours}
     ! apptainer exec --help 2> /dev/null | grep -q -e --sharens ||
         CONTAINER=(apptainer exec --sharens "${CONTAINER[@]:2}")
