@@ -17,14 +17,15 @@ PFX=${SLURM_T_PREFIX:-tn}          # node names: tn1, tn2, ...
 BASE=${SLURM_T_PORT:-26817}        # slurmctld BASE, slurmd BASE+10+i, slurmdbd BASE+1
 HERE=$(cd "$(dirname "$0")" && pwd)
 
+# shellcheck source=/dev/null
 if [ -f "$S/env.sh" ] && ( . "$S/env.sh"; timeout 5 sinfo -h -N -t idle,alloc,mix -o %N 2>/dev/null | sort -u | wc -l | grep -qx "$N" ); then
   echo "already up: $S"; exit 0
 fi
-need=""
-for p in slurmctld slurmd slurm-client munge; do dpkg -s $p >/dev/null 2>&1 || need="$need $p"; done
-[ "$DBD" = 1 ] && for p in slurmdbd mariadb-server; do dpkg -s $p >/dev/null 2>&1 || need="$need $p"; done
-if [ -n "$need" ]; then
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=600 $need >/dev/null
+need=()
+for p in slurmctld slurmd slurm-client munge; do dpkg -s $p >/dev/null 2>&1 || need+=("$p"); done
+[ "$DBD" = 1 ] && for p in slurmdbd mariadb-server; do dpkg -s $p >/dev/null 2>&1 || need+=("$p"); done
+if [ ${#need[@]} -gt 0 ]; then
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=600 "${need[@]}" >/dev/null
 fi
 "$HERE/slurm_down.sh" "$S" >/dev/null 2>&1 || true
 rm -rf "$S"; mkdir -p "$S"/{ctld,spool,log,run,dev,etc}; chmod 755 "$S"
@@ -36,12 +37,12 @@ ip_of() { if [ "$NET" = netns ]; then echo "10.213.$SN.$((10+$1))"; else echo "1
 if [ "$NET" = netns ]; then CTL_ADDR=10.213.$SN.1; else CTL_ADDR=127.0.0.1; fi
 for i in $(seq "$N"); do echo "$(ip_of "$i") $PFX$i # slurm-test:$S" >> /etc/hosts; done    # slurm_down.sh takes them out
 if [ "$NET" = netns ]; then
-  ip link add slt-br$SN type bridge; ip addr add $CTL_ADDR/24 dev slt-br$SN; ip link set slt-br$SN up
+  ip link add "slt-br$SN" type bridge; ip addr add "$CTL_ADDR/24" dev "slt-br$SN"; ip link set "slt-br$SN" up
   for i in $(seq "$N"); do
     ip netns add "slt-$PFX$i"
     ip link add "slt-v$SN-$i" type veth peer name eth0 netns "slt-$PFX$i"
-    ip link set "slt-v$SN-$i" master slt-br$SN up
-    ip -n "slt-$PFX$i" addr add "$(ip_of $i)/24" dev eth0
+    ip link set "slt-v$SN-$i" master "slt-br$SN" up
+    ip -n "slt-$PFX$i" addr add "$(ip_of "$i")/24" dev eth0
     ip -n "slt-$PFX$i" link set eth0 up; ip -n "slt-$PFX$i" link set lo up
   done
 fi
@@ -69,7 +70,7 @@ if [ "$DBD" = 1 ]; then
      --skip-networking --innodb-buffer-pool-size=64M --innodb-log-file-size=16M --innodb-lock-wait-timeout=900 \
      --log-error="$S/log/mysql.log" </dev/null >/dev/null 2>&1 &
   echo $! > "$S/run/mariadbd.pid"
-  for k in $(seq 100); do [ -S "$S/mysql/m.sock" ] && mariadb-admin --no-defaults -uroot -S "$S/mysql/m.sock" ping >/dev/null 2>&1 && break; sleep 0.1; done
+  for _ in $(seq 100); do [ -S "$S/mysql/m.sock" ] && mariadb-admin --no-defaults -uroot -S "$S/mysql/m.sock" ping >/dev/null 2>&1 && break; sleep 0.1; done
   cat > "$S/etc/slurmdbd.conf" <<EOF
 $AUTHLINES
 DbdHost=localhost
@@ -103,7 +104,7 @@ fi
 echo "CgroupPlugin=cgroup/v1
 CgroupAutomount=no" > "$S/etc/cgroup.conf"
 cat > "$S/etc/slurm.conf" <<EOF
-ClusterName=feas
+ClusterName=test
 SlurmctldHost=$H($CTL_ADDR)
 SlurmUser=root
 SlurmdUser=root
@@ -143,7 +144,7 @@ $ACCT
 EOF
 for i in $(seq "$N"); do
   hn=$PFX$i; port=$((BASE+10)); [ "$NET" = netns ] || port=$((BASE+10+i))
-  echo "NodeName=$PFX$i NodeHostname=$hn NodeAddr=$(ip_of $i) Port=$port CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$MEM $GRES State=UNKNOWN" >> "$S/etc/slurm.conf"
+  echo "NodeName=$PFX$i NodeHostname=$hn NodeAddr=$(ip_of "$i") Port=$port CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$MEM $GRES State=UNKNOWN" >> "$S/etc/slurm.conf"
 done
 echo "PartitionName=test Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 State=UP OverSubscribe=NO" >> "$S/etc/slurm.conf"
 
@@ -152,16 +153,17 @@ export SLURM_CONF="$S/etc/slurm.conf"
 spawn() { # name cmd...
   local n=$1; shift; setsid "$@" </dev/null >"$S/log/$n.out" 2>&1 & echo $! > "$S/run/$n.spawn"; }
 port_open() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
-waitport() { for k in $(seq 200); do port_open "$1" "$2" && return 0; sleep 0.05; done; echo "port $1:$2 never opened" >&2; return 1; }
+waitport() { for _ in $(seq 200); do port_open "$1" "$2" && return 0; sleep 0.05; done; echo "port $1:$2 never opened" >&2; return 1; }
 if [ "$DBD" = 1 ]; then
   export MYSQL_UNIX_PORT="$S/mysql/m.sock"; spawn slurmdbd slurmdbd -D; waitport 127.0.0.1 $((BASE+1))
-  sacctmgr -i -Q add cluster feas >/dev/null 2>&1 || true
+  sacctmgr -i -Q add cluster test >/dev/null 2>&1 || true
 fi
 spawn slurmctld slurmctld -D -c
 for i in $(seq "$N"); do
   n=$PFX$i; mkdir -p "$S/spool/$n"
   # UTS: the node's hostname is its Slurm name. Mount: a test can hide a folder from one node.
   ns=(); [ "$NET" = netns ] && ns=(ip netns exec "slt-$n")
+  # shellcheck disable=SC2016 # expanded there
   spawn "slurmd-$n" "${ns[@]}" unshare --uts --mount sh -c 'hostname "$0"; exec slurmd -D -N "$0"' "$n"
 done
 cat > "$S/env.sh" <<EOF
