@@ -37,8 +37,14 @@ COPY docker/steps/system.sh /build/
 RUN /build/system.sh runtime "$PYTHON"
 
 
+# pip for the build lives outside: the image has no installer that could change its environment.
+FROM python-base AS installer
+ARG PYTHON
+RUN "python$PYTHON" -m venv /opt/pip
+
+
 # Packages that need no compiler.
-FROM python-base AS environment
+FROM installer AS environment
 ARG PYTHON
 ARG FLAVOR
 COPY docker/steps/locked.sh docker/steps/lock-part.sh docker/locks/${FLAVOR}.txt /build/
@@ -49,29 +55,44 @@ RUN --mount=type=bind,source=docker/wheels,target=/wheels \
     PIP_CACHE_DIR=/pip-cache /build/locked.sh "$PYTHON" "/build/$FLAVOR.txt"
 
 
-# For sites without internet: docker/build.sh wheelhouse
-FROM environment AS fetch
+# What is compiled, and the packages that it is compiled with, each in its own folder. These stages
+# ask nothing else, so that half an hour's work is done again when a file of these changes, and not
+# at any other change of the lock or of docker/wheels.
+FROM environment AS sources
 ARG FLAVOR
+COPY docker/steps/sources.sh docker/steps/closure.py /build/
+RUN --mount=type=bind,source=docker/wheels,target=/wheels \
+    --mount=type=cache,target=/pip-cache \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca_cert \
+    PIP_CACHE_DIR=/pip-cache /build/sources.sh "/build/$FLAVOR.txt"
+
+
+# For sites without internet: docker/build.sh wheelhouse
+FROM sources AS fetch
 COPY docker/steps/fetch.sh /build/
 RUN --mount=type=bind,source=docker/wheels,target=/wheels \
     --mount=type=cache,target=/pip-cache \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_cert \
-    PIP_CACHE_DIR=/pip-cache /build/fetch.sh "/build/$FLAVOR.txt"
+    PIP_CACHE_DIR=/pip-cache /build/fetch.sh
 
 FROM scratch AS wheelhouse
 COPY --from=fetch /wheelhouse /
 
 
-# nvcc, and the torch to build for.
-FROM ${BUILD_BASE}${BUILD_DIGEST} AS builder
+FROM ${BUILD_BASE}${BUILD_DIGEST} AS compiler-base
 ARG PYTHON
-ARG FLAVOR
 COPY docker/steps/system.sh /build/
 RUN /build/system.sh build "$PYTHON"
-COPY --from=environment /opt/pip /opt/pip
-COPY --from=environment /opt/venv /opt/venv
-COPY docker/steps/wheel.sh docker/steps/lock-part.sh docker/locks/${FLAVOR}.txt /build/
+
+# nvcc, and the torch to build for.
+FROM compiler-base AS builder
+ARG PYTHON
+COPY --from=installer /opt/pip /opt/pip
+COPY docker/steps/locked.sh docker/steps/lock-part.sh docker/steps/wheel.sh /build/
+RUN --mount=type=bind,from=sources,source=/sources/torch,target=/wheels \
+    PIP_NO_INDEX=1 /build/locked.sh "$PYTHON" /wheels/lock.txt
 
 
 # DS_ACCELERATOR: without a GPU in sight DeepSpeed would build its CPU optimizer under the same name.
@@ -80,24 +101,19 @@ COPY docker/steps/wheel.sh docker/steps/lock-part.sh docker/locks/${FLAVOR}.txt 
 FROM builder AS wheel-deepspeed
 ARG FLAVOR
 ARG TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"
-RUN --mount=type=bind,source=docker/wheels,target=/wheels \
-    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca_cert \
+RUN --mount=type=bind,from=sources,source=/sources/deepspeed,target=/wheels \
     if [ "$FLAVOR" = cpu ]; then export DS_ACCELERATOR=cpu; \
     else export DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_UTILS=1; fi \
-    && /build/wheel.sh deepspeed "/build/$FLAVOR.txt"
+    && /build/wheel.sh
 
 
 # FORCE_BUILD: its setup.py would otherwise look on the web for a wheel that somebody built, without a hash.
 FROM builder AS wheel-flash-attn-1
-ARG FLAVOR
 ARG MAX_JOBS=
 ARG NVCC_THREADS=2
 ARG FLASH_ATTN_CUDA_ARCHS="80;90;100"
-RUN --mount=type=bind,source=docker/wheels,target=/wheels \
-    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca_cert \
-    FLASH_ATTENTION_FORCE_BUILD=TRUE /build/wheel.sh flash-attn "/build/$FLAVOR.txt"
+RUN --mount=type=bind,from=sources,source=/sources/flash-attn,target=/wheels \
+    FLASH_ATTENTION_FORCE_BUILD=TRUE /build/wheel.sh
 
 FROM python-base AS wheel-flash-attn-0
 RUN mkdir /out

@@ -6,8 +6,6 @@ python=$1 lock=$2
 cd "$(dirname "$0")"
 
 "python$python" -m venv --without-pip /opt/venv
-# pip for the build lives outside: the image has no installer that could change its environment.
-"python$python" -m venv /opt/pip
 ./lock-part.sh without deepspeed flash-attn <"$lock" >wheels.txt
 /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --require-hashes \
     --only-binary :all: --no-compile --find-links /wheels --requirement wheels.txt

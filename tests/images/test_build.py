@@ -129,19 +129,27 @@ def test_fa3_wheel_goes_in_by_its_hash_alone(wheels: Path, tmp_path: Path) -> No
 
 def test_a_package_with_another_hash_is_refused(wheels: Path, tmp_path: Path) -> None:
     """In a copy of the checkout whose lock names another hash for one wheel."""
-    shutil.copytree(ROOT / "docker", tmp_path / "docker", copy_function=_link)
-    lock = tmp_path / "docker/locks/cpu.txt"
+    edit_lock(tmp_path, r"(?m)^(filelock==\S+ \\\n)(?: +--hash=\S+( \\)?\n)+",
+              rf"\1    --hash=sha256:{'0' * 64}\n")  # fmt: skip
+    refused(*stage("environment", tmp_path), said="DO NOT MATCH THE HASHES")
+
+
+def edit_lock(copy: Path, pattern: str, new: str) -> None:
+    """Copy what a build sees of the checkout, with another text in the cpu lock."""
+    shutil.copytree(ROOT / "docker", copy / "docker", copy_function=_link)
+    lock = copy / "docker/locks/cpu.txt"
     text = lock.read_text()
     lock.unlink()
-    lock.write_text(re.sub(r"(?m)^(filelock==\S+ \\\n)(?: +--hash=\S+( \\)?\n)+",
-                           rf"\1    --hash=sha256:{'0' * 64}\n", text))  # fmt: skip
+    lock.write_text(re.sub(pattern, new, text))
     assert lock.read_text() != text
-    refused(
-        "docker", "build", *STAND_IN, "--build-arg", "FLAVOR=cpu", "--target", "environment",
-        "--secret", f"id=pip_conf,src={HERE / 'no-index.conf'}",
-        "--file", ROOT / "Dockerfile", tmp_path,
-        said="DO NOT MATCH THE HASHES",
-    )  # fmt: skip
+
+
+def stage(target: str, context: Path = ROOT) -> list[str | Path]:
+    return [
+        "docker", "build", *STAND_IN, "--build-arg", "FLAVOR=cpu", "--target", target,
+        "--secret", f"id=pip_conf,src={HERE / 'no-index.conf'}", "--progress", "plain",
+        "--file", ROOT / "Dockerfile", context,
+    ]  # fmt: skip
 
 
 def _link(source: str, target: str) -> None:
@@ -153,11 +161,7 @@ def _link(source: str, target: str) -> None:
 
 def test_wheelhouse_is_what_the_lock_names(image: str, tmp_path: Path) -> None:
     """The target behind `docker/build.sh wheelhouse`, from a wheelhouse: the same files again."""
-    run(
-        "docker", "build", *STAND_IN, "--build-arg", "FLAVOR=cpu", "--target", "wheelhouse",
-        "--secret", f"id=pip_conf,src={HERE / 'no-index.conf'}",
-        "--output", f"type=local,dest={tmp_path}", ROOT, timeout=400,
-    )  # fmt: skip
+    run(*stage("wheelhouse"), "--output", f"type=local,dest={tmp_path}", timeout=400)
     found = {file.name for file in tmp_path.iterdir()}
     lock = (ROOT / "docker/locks/cpu.txt").read_text()
     assert len(found) == len(re.findall(r"^[\w.-]+==", lock, re.MULTILINE))
@@ -170,3 +174,28 @@ def test_other_tools_build_it_too(wheels: Path, tool: str) -> None:
     tag = containers.build(tool, "--tag", f"localhost/sft_job:{tool}")
     words = ["podman", "run", "--rm", "--network", "none", tag, "--version"]
     assert __version__ in run(*words).stdout
+
+
+@pytest.mark.widest
+def test_nothing_is_compiled_again_for_another_change(image: str, tmp_path: Path) -> None:
+    """The lock loses a package that nothing compiled needs, and docker/wheels gains a file."""
+    edit_lock(tmp_path, r"(?m)^werkzeug==(.*\n)( .*\n)+", "")
+    (tmp_path / "docker/wheels/another.txt").write_text("not of the lock")
+    said = run(*stage("wheel-deepspeed", tmp_path), timeout=400).stderr
+    steps = dict(re.findall(r"^#(\d+) \[([\w-]+ \d+/\d+)\] RUN", said, re.MULTILINE))
+    again = {name for number, name in steps.items() if f"#{number} CACHED" not in said}
+    assert {name.split()[0] for name in again} == {"environment", "sources"}
+
+
+@pytest.mark.widest
+def test_a_site_without_internet_builds_on_prepared_bases(wheels: Path) -> None:
+    """docs/images.md: bases that have the system packages, docker/wheels, and no network at all."""
+    bases = []
+    for name, target in (("FINAL", "python-base"), ("BUILD", "compiler-base")):
+        tag = f"localhost/prepared:{target}"
+        run(*stage(target), "--tag", tag, timeout=400)
+        bases += ["--build-arg", f"{name}_BASE={tag}"]
+    build_sh = [ROOT / "docker/build.sh", "image", "--tool", "docker", "--flavor", "cpu"]
+    run(*build_sh, "--offline", "--tag", "localhost/sft_job:inside", "--", "--network", "none",
+        *bases, timeout=800)  # fmt: skip
+    assert __version__ in inside("localhost/sft_job:inside", "--version")

@@ -17,7 +17,7 @@ from tests.images.containers import BASE, ROOT, STAND_IN, run
 DOCKERFILES = ["Dockerfile", "docker/Dockerfile.v100"]
 SCRIPTS = sorted(
     str(file.relative_to(ROOT))
-    for folder in ("docker", "docker/steps", "tests/images")
+    for folder in ("docker", "docker/steps", "slurm", "tests/cluster", "tests/images")
     for file in (ROOT / folder).glob("*.sh")
 )
 
@@ -115,7 +115,7 @@ def sources(tools: Path) -> dict[str, Path]:
     part = [ROOT / "docker/steps/lock-part.sh", "only", "deepspeed", "flash-attn"]
     with open(ROOT / "docker/locks/ampere.txt") as lock, open(folder / "lock.txt", "w") as output:
         subprocess.run(part, stdin=lock, stdout=output, check=True)
-    # The words of docker/steps/fetch.sh.
+    # The words of docker/steps/sources.sh.
     run(
         "env", "FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE", "DS_ACCELERATOR=cpu",
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
