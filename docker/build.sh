@@ -80,15 +80,17 @@ version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' sft_job/__init__.py)
 : "${tag:=sft_job:$version-$flavor}"
 
 build() { # build TARGET OPTION...: options of the build that this tool and these arguments make
-    local target=$1 arguments
+    local target=$1 arguments with_fa3=0
     shift
     choose_tool
+    [ -z "$fa3" ] || with_fa3=1
     arguments=(--file "$file" --target "$target" --build-arg "FLAVOR=$flavor" --build-arg "VERSION=$version")
     if [ -n "$base" ]; then # its lock is for Python 3.11, and nothing of it needs nvcc
         arguments+=(--build-arg "FINAL_BASE=$base" --build-arg "BUILD_BASE=$base" --build-arg PYTHON=3.11)
     fi
     if [ "$flavor" != volta ]; then
-        arguments+=(--build-arg "WITH_FLASH_ATTN=$flash_attn")
+        # Both said: Buildah 1.28 leaves out stages that it would need defaults to find.
+        arguments+=(--build-arg "WITH_FLASH_ATTN=$flash_attn" --build-arg "WITH_FA3=$with_fa3")
     elif [ "$flash_attn" = 0 ] || [ -n "$fa3" ]; then
         die "flash-attn has no kernels for V100 and T4" "leave --no-flash-attn and --fa3 out"
     fi
@@ -99,7 +101,7 @@ build() { # build TARGET OPTION...: options of the build that this tool and thes
         esac
         [ -f "$fa3" ] || die "--fa3 $fa3 is not there" "put the wheel into docker/wheels"
         [ -n "$fa3_sha256" ] || die "--fa3 needs --fa3-sha256" "take it from where the wheel comes from"
-        arguments+=(--build-arg WITH_FA3=1 --build-arg "FA3_SHA256=$fa3_sha256")
+        arguments+=(--build-arg "FA3_SHA256=$fa3_sha256")
     fi
     if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
         # The commit's time, not now: the same commit gives the same layers.
