@@ -124,8 +124,9 @@ build() { # build TARGET OPTION...: options of the build that this tool and thes
         [ -r "${secret#*=}" ] || die "${secret#*=} cannot be read" "name a file that is there"
         arguments+=(--secret "id=${secret%%=*},src=${secret#*=}")
     done
-    # The Docker format keeps what OCI's has no field for.
-    [ "$tool" = docker ] || arguments+=(--format docker --layers)
+    # The Docker format keeps what OCI's has no field for. Buildah's cache does not see that a stage which
+    # a step mounts has changed, and 1.28 cannot mount one that comes from the cache.
+    [ "$tool" = docker ] || arguments+=(--format docker --layers=false)
     "$tool" build "${arguments[@]}" "$@" "${extra[@]}" .
 }
 

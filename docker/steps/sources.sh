@@ -19,5 +19,6 @@ fetch() { # fetch FOLDER NAME...
 fetch deepspeed deepspeed
 fetch flash-attn flash-attn # V100 has none
 # torch, and the dependency group `build` of pyproject.toml
-# shellcheck disable=SC2046 # a list
-fetch torch $(python closure.py torch setuptools wheel ninja packaging psutil)
+names=$(python closure.py torch setuptools wheel ninja packaging psutil)
+# shellcheck disable=SC2086 # a list
+fetch torch $names
