@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from sft_job.errors import ConfigError
+from sft_job.prepared import hub_home
 from sft_job.schema import Apptainer, JobConfig, Pyxis, Slurm
 
 # sbatch options that the script depends on, and what to set instead.
@@ -163,14 +164,22 @@ def bound(config: JobConfig, environ: Mapping[str, str]) -> Bound:
     if Path(config.model.path).is_absolute():
         readable.append(config.model.path)
         readable += [str(p.resolve()) for p in Path(config.model.path).iterdir() if p.is_symlink()]
-    elif not config.model.path.startswith("bundled:"):
-        home = environ.get("HF_HOME", "~/.cache/huggingface")
-        hub = str(Path(environ.get("HF_HUB_CACHE", home)).expanduser())
-        (writable if config.run.online else readable).append(hub)
+    elif config.model.on_hub:
+        (writable if config.run.online else readable).extend(hub(environ).values())
     readable += [str(Path(path).resolve()) for path in list(readable) if Path(path).is_symlink()]
     if config.container is not None:
         readable += config.container.bind
     return Bound(writable, list(dict.fromkeys(readable)))
+
+
+def hub(environ: Mapping[str, str]) -> dict[str, str]:
+    """What finds the hub cache of `bound` in a container, whose home is another."""
+    cache = environ.get("HF_HUB_CACHE")
+    return (
+        {"HF_HUB_CACHE": str(Path(cache).expanduser())}
+        if cache
+        else {"HF_HOME": str(hub_home(environ))}
+    )
 
 
 def container_command(config: JobConfig, seen: Bound) -> tuple[list[str], list[str]]:
@@ -248,6 +257,8 @@ def script(config: JobConfig, python: str, grace: int, environ: Mapping[str, str
         if re.search(r"[$`\\]", value):
             job.append("# shellcheck disable=SC1003,SC2016 # a name that only looks like syntax")
         job.append(f"{name}={value}")
+    if container is not None and config.model.on_hub:
+        job += [f"export {name}={shlex.quote(value)}" for name, value in hub(environ).items()]
     if slurm.setup:
         job += ["", "# slurm.setup", *slurm.setup]
     text = resources.files("sft_job").joinpath("slurm_files/job.sh").read_text(encoding="utf-8")

