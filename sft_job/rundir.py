@@ -45,6 +45,8 @@ from pydantic import ValidationError
 from sft_job.errors import RunDirError
 from sft_job.schema import JobConfig
 
+# Left open, it is what the hub cache has; who submits a job writes the commit down.
+OPEN = "model.revision"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -187,6 +189,7 @@ class RunDir:
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
+            and (key != OPEN or None not in (before[key], now[key]))
         ]
         if changed:
             raise RunDirError(

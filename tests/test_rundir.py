@@ -153,6 +153,15 @@ def test_another_job_is_refused_with_the_changed_keys_and_the_ways_out(config, j
     ]
 
 
+def test_a_commit_that_is_known_later_is_the_same_job(config, job_file):
+    """Left open, the revision is what the cache has; another one than before is refused."""
+    run = RunDir(config.run.dir)
+    run.claim(load(job_file, ["model.revision=c0ffee"]), "submitted")
+    run.claim(config, "trained by hand")
+    with pytest.raises(RunDirError, match=r"model\.revision: 'c0ffee' before, 'decade' now"):
+        run.claim(load(job_file, ["model.revision=decade"]), "other")
+
+
 def test_a_refused_job_leaves_the_directory_as_it_was(config, job_file):
     """Nothing of the first job is written over."""
     run = RunDir(config.run.dir)
