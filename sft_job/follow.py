@@ -62,8 +62,9 @@ def submissions(run_dir: RunDir) -> list[dict[str, Any]]:
 
 def known_state(submission: dict[str, Any]) -> str | None:
     """What the batch system says of a submission; None when it does not know it any more."""
-    ask = slurm.state if submission["cluster"] == "slurm" else slurm.local_state
-    return ask(submission["job"])
+    if submission["cluster"] == "slurm":
+        return slurm.state(submission["job"])
+    return slurm.local_state(submission["job"], submission["time"])
 
 
 def asked(run_dir: RunDir) -> list[tuple[dict[str, Any], str | None]]:
