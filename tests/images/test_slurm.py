@@ -17,6 +17,7 @@ from tests.cluster import jobs
 from tests.images.containers import run
 from tests.runs import ROOT, run_job
 
+COMMIT = "c0ffee" * 6 + "c0ff"
 SITE = Path(pytest.__file__).parents[1]  # where this project's packages are
 
 
@@ -28,12 +29,14 @@ def folder(cluster: Path, user: pwd.struct_passwd) -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def as_user(user: pwd.struct_passwd, *words: str | Path, code: int = 0) -> str:
+def as_user(
+    user: pwd.struct_passwd, *words: str | Path, home: Path | str = "/nonexistent", code: int = 0
+) -> str:
     """With the system's Python, as on a login node."""
     number = str(user.pw_uid)
     result = run(
         "setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups",
-        "env", "--ignore-environment", "PATH=/usr/bin:/bin", "HOME=/nonexistent",
+        "env", "--ignore-environment", "PATH=/usr/bin:/bin", f"HOME={home}",
         "OMP_NUM_THREADS=1", f"SLURM_CONF={os.environ['SLURM_CONF']}",
         f"PYTHONPATH={ROOT}:{SITE}", *words, timeout=500, code=code,
     )  # fmt: skip
@@ -53,17 +56,23 @@ def give(folder: Path, user: pwd.struct_passwd) -> None:
 
 
 def test_exec_under_slurm(folder: Path, sif: Path, job: Path, user: pwd.struct_passwd) -> None:
-    """Two nodes with two tasks each, all packages the image's; the weights of the same job
-    without container and Slurm."""
+    """Two nodes with two tasks each, all packages the image's, the model in the hub cache of the
+    user's home, which the image does not see; the weights of the same job without all that."""
     options = ["run.processes=4", "slurm=null"]
     expected = run_job(job, f"run.dir={job.parent}/local", *options)
     shutil.rmtree(job.parent / ".sft_job_cache")
-    give(job.parent, user)
+    hub = folder / "home/.cache/huggingface/hub/models--org--model"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs/main").write_text(COMMIT)
+    shutil.copytree(job.parent / "model", hub / "snapshots" / COMMIT)
+    give(folder, user)
     result = RunDir(job.parent / "run")
     container = f"container={{type: apptainer, image: {sif}}}"
     submit = ["/usr/bin/python3", "-m", "sft_job", "submit", job, container, "--wait"]
-    said = as_user(user, *submit, f"run.dir={result.path}")
+    options = ["model.path=org/model", f"run.dir={result.path}"]
+    said = as_user(user, *submit, *options, home=folder / "home")
     assert result.done.exists(), said + jobs.output(result)
+    assert f"model      org/model at {COMMIT}\n" in said
     assert f"container  apptainer: {sif}, sft_job {__version__}\n" in said
     jobs.assert_same_weights(result, expected)
 
