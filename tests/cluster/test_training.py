@@ -14,6 +14,7 @@ from tests.cluster import jobs
 from tests.runs import run_job, sft_job
 
 ENGINES = ["fsdp", "zero3"]
+WAYS = ["sbatch", "submitit"]
 STEPS = 100
 GRACE_S = 30
 
@@ -41,16 +42,8 @@ def expected(folder: Path, job: Path) -> dict[str, RunDir]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("engine", "via"),
-    [
-        ("fsdp", "sbatch"),
-        ("zero3", "submitit"),
-        # CI has these interrupted and continued, below.
-        pytest.param("fsdp", "submitit", marks=pytest.mark.widest),
-        pytest.param("zero3", "sbatch", marks=pytest.mark.widest),
-    ],
-)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("via", WAYS)
 def test_equals_the_job_on_one_machine(
     folder: Path, job: Path, expected: dict[str, RunDir], engine: str, via: str
 ) -> None:
@@ -137,7 +130,7 @@ IN_CI = {
             engine, via, kind, marks=[] if (engine, via, kind) in IN_CI else [pytest.mark.widest]
         )
         for engine in ENGINES
-        for via in ("sbatch", "submitit")
+        for via in WAYS
         for kind in KINDS
     ],
 )
