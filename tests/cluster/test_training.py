@@ -112,14 +112,13 @@ KINDS = {
     "scontrol requeue": requeue,
     "node down": lose_node,
 }
+# What there is time for in CI; both engines and both ways are among them.
 IN_CI = {
-    ("fsdp", "sbatch", "scancel --signal"),
     ("fsdp", "sbatch", "--signal"),
     ("zero3", "sbatch", "scancel --signal"),
     ("fsdp", "sbatch", "scontrol requeue"),
     ("fsdp", "sbatch", "node down"),
     ("fsdp", "submitit", "no requeue"),
-    ("fsdp", "submitit", "scancel --signal"),
 }
 
 
