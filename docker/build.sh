@@ -125,8 +125,9 @@ build() { # build TARGET OPTION...: options of the build that this tool and thes
         arguments+=(--secret "id=${secret%%=*},src=${secret#*=}")
     done
     # The Docker format keeps what OCI's has no field for. Buildah's cache does not see that a stage which
-    # a step mounts has changed, and 1.28 cannot mount one that comes from the cache.
-    [ "$tool" = docker ] || arguments+=(--format docker --layers=false)
+    # a step mounts has changed, and 1.28 cannot mount one that comes from the cache. Without layers
+    # Podman 4.3 would not know the image that it has built.
+    [ "$tool" = docker ] || arguments+=(--format docker --no-cache)
     "$tool" build "${arguments[@]}" "$@" "${extra[@]}" .
 }
 
