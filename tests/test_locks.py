@@ -99,6 +99,14 @@ def test_plans_for_the_images_know_their_packages(flavour: str) -> None:
     }
 
 
+def test_wheels_are_built_with_the_group_build() -> None:
+    """docker/steps/sources.sh names them again, since the image has no pyproject.toml."""
+    script = (ROOT / "docker/steps/sources.sh").read_text()
+    (names,) = re.findall(r"^names=\$\(python closure\.py (.*)\)$", script, re.MULTILINE)
+    group = [Requirement(line).name for line in PROJECT["dependency-groups"]["build"]]
+    assert sorted(names.split()) == sorted(["torch", *group])
+
+
 def test_metadata_given_by_hand_is_of_the_locked_release() -> None:
     """uv ignores it for another release, and then fails at building flash-attn's."""
     (given,) = PROJECT["tool"]["uv"]["dependency-metadata"]
