@@ -325,10 +325,9 @@ def _model(config: JobConfig) -> Iterator[str]:
         if config.container is None and importlib.util.find_spec(package):
             yield f"{path}, in {requirement}"
             return
-        place = "in the container" if config.container else "here"
+        absent = f"{requirement}, which is not {'in the container' if config.container else 'here'}"
         remedy = "`sft-job data encode` where it is installed makes the model ready"
-        package = f"the Python package {requirement}, which is not {place}"
-        raise SubmitError([f"model.path: {path} comes in {package}; {remedy}"])
+        raise SubmitError([f"model.path: {path} comes in the Python package {absent}; {remedy}"])
     if Path(path).is_absolute():
         missing = [str(f) for f in weight_files(Path(path)) if not f.is_file()]
         if missing:
