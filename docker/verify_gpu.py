@@ -163,7 +163,7 @@ def command_of(check: str, args: argparse.Namespace) -> list[str]:
         flavour = os.environ.get("SFT_JOB_FLAVOUR", "")
         return [sys.executable, str(ROOT / "docker" / "check_image.py"), flavour]
     if check == "kernels":
-        return [sys.executable, "-m", "tests.kernels"]
+        return [sys.executable, "-m", "tests.kernel_checks"]
     shape = ["--shape", args.shape] if args.shape else []
     this = [sys.executable, str(Path(__file__).resolve())]
     return [*this, "--inside", "--scratch", str(args.scratch), *shape, check]

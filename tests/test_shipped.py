@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,16 @@ def test_chat_with_a_finished_run(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "the run has no model yet" in result.stderr
     assert sft_job("chat", "./nowhere", "--prompt", "x").stderr.startswith("error: ./nowhere: no ")
+
+
+def test_no_helper_of_the_tests_hides_a_package() -> None:
+    """`python tests/accept.py` finds what lies beside it first, and transformers tries many names
+    of packages that need not be there."""
+    program = "from transformers import AttentionInterface, AutoTokenizer, LlamaForCausalLM"
+    beside = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    words = [sys.executable, "-c", program]
+    result = subprocess.run(words, env=beside, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_plain_transformers_reads_the_export(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Every attention function keeps samples apart and equals the dense reference.
 
 Kernels that need a GPU are called against stand-ins of the same signature that compute the
-reference from what they are given; `tests/kernels.py` holds the same checks for the
+reference from what they are given; `tests/kernel_checks.py` holds the same checks for the
 real ones.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from sft_job import varlen
 from sft_job.errors import ModelError
-from tests.kernels import reference
+from tests.kernel_checks import reference
 
 LENGTHS = [5, 1, 9, 2]
 HEADS, KEY_HEADS, DIM = 4, 2, 8

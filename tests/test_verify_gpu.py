@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import kernels
+from tests import kernel_checks
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "docker" / "verify-gpu.sh"
@@ -117,14 +117,14 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from sft_job import varlen
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert kernels.attention_error("sdpa", "fp32", 16, (4, 2)) <= 1
+    assert kernel_checks.attention_error("sdpa", "fp32", 16, (4, 2)) <= 1
     right = varlen.FUNCTIONS["sdpa"]()
 
     def leaks(q, k, v, packed, scale, dropout):
         return right(q, k, v, varlen.one_sample(len(q), q.device), scale, dropout)
 
     monkeypatch.setitem(varlen.FUNCTIONS, "sdpa", lambda: leaks)
-    assert kernels.attention_error("sdpa", "fp32", 16, (4, 2)) > 100
+    assert kernel_checks.attention_error("sdpa", "fp32", 16, (4, 2)) > 100
 
 
 def test_optimizers_are_compared() -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests import kernels
+from tests import kernel_checks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,21 +16,21 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("heads", kernels.HEADS)
-@pytest.mark.parametrize("dim", kernels.DIMENSIONS)
+@pytest.mark.parametrize("heads", kernel_checks.HEADS)
+@pytest.mark.parametrize("dim", kernel_checks.DIMENSIONS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("kernel", kernels.ATTENTION)
+@pytest.mark.parametrize("kernel", kernel_checks.ATTENTION)
 def test_kernel_equals_the_dense_reference(kernel: str, dtype: str, dim: int, heads: str) -> None:
     """Values and gradients of four samples in one row."""
-    if reason := kernels.obstacle(kernel, dtype):
+    if reason := kernel_checks.obstacle(kernel, dtype):
         pytest.skip(f"{kernel}: {reason}")
-    assert kernels.attention_error(kernel, dtype, dim, kernels.HEADS[heads]) <= 1
+    assert kernel_checks.attention_error(kernel, dtype, dim, kernel_checks.HEADS[heads]) <= 1
 
 
 @pytest.mark.parametrize("function", ["torch", "liger"])
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", kernel_checks.DTYPES)
 def test_cross_entropy_equals_the_plain_one(function: str, dtype: str) -> None:
     """Value and gradients, more rows than one chunk, against fp64."""
-    if reason := kernels.loss_obstacle(function, dtype):
+    if reason := kernel_checks.loss_obstacle(function, dtype):
         pytest.skip(f"{function}: {reason}")
-    assert kernels.loss_error(function, dtype) <= 1
+    assert kernel_checks.loss_error(function, dtype) <= 1

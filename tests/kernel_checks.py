@@ -1,6 +1,6 @@
 """The attention and loss kernels against exact references, on the device that is there.
 
-    python -m tests.kernels
+    python -m tests.kernel_checks
 
 prints one line for each combination that this machine runs, and why it does not run the others;
 ends with 1 if one is wrong. `tests/gpu` holds the same comparisons for pytest, which an image does
