@@ -245,7 +245,38 @@ INTERRUPTED_SRUN = """#!/bin/bash
 echo '{"message": "interrupted by signal SIGUSR1 after step 3"}' > INTERRUPTED
 exit 75
 """
-NO_REQUEUE = "JobId=7 JobState=RUNNING Reason=None Requeue=0 Restarts=0"
+SHOWN = "JobId=7 JobState=RUNNING Reason=None Requeue={} Restarts={}"
+
+
+def interrupted(folder: Path, tools: Path, scontrol: str, jobs: str) -> tuple[str, Path]:
+    """A job that is asked to stop, on a cluster whose scontrol is this.
+
+    Args:
+        jobs: digits; each a job of this run directory.
+
+    Returns:
+        What it says, and the file of calls of sbatch.
+    """
+    ours, sbatch = folder / "bin", folder / "sbatch"
+    shutil.copytree(tools, ours)
+    for name, body in {
+        "srun": INTERRUPTED_SRUN,
+        "scontrol": scontrol,
+        "squeue": '[[ "$*" == *--jobs=9* ]] && echo PENDING || echo N/A',
+        "sbatch": f'echo "$@" >> {sbatch}; echo 8',
+    }.items():
+        (ours / name).write_text(body if body.startswith("#!") else f"#!/bin/bash\n{body}\n")
+        (ours / name).chmod(0o755)
+    config = config_of(folder, slurm=ONE)
+    run = Path(config.run.dir)
+    run.mkdir()
+    script = run / "job.sh"
+    script.write_text(jobscript.script(config, "python3", 120, {}))
+    records = [{"time": 1.5, "job": job, "via": "sbatch", "cluster": "slurm"} for job in jobs]
+    (run / "submissions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    result = run_script(script, ours)
+    assert result.returncode == 75, result.stdout + result.stderr
+    return result.stdout, sbatch
 
 
 @pytest.mark.parametrize("waiting", [False, True])
@@ -253,31 +284,27 @@ def test_followed_by_one_job_where_slurm_does_not_requeue(
     waiting: bool, tmp_path: Path, tools: Path
 ) -> None:
     """By a successor, or by the job that the user has put behind this one already."""
-    ours = tmp_path / "bin"
-    shutil.copytree(tools, ours)
-    for name, body in {
-        "srun": INTERRUPTED_SRUN,
-        "scontrol": f'[ "$1" = show ] && [ "$2" = job ] && echo "{NO_REQUEUE}" || echo n1',
-        "squeue": '[[ "$*" == *--jobs=9* ]] && echo PENDING || echo N/A',
-        "sbatch": f'echo "$@" >> {tmp_path}/sbatch; echo 8',
-    }.items():
-        (ours / name).write_text(body if body.startswith("#!") else f"#!/bin/bash\n{body}\n")
-        (ours / name).chmod(0o755)
-    config = config_of(tmp_path, slurm=ONE)
-    run = Path(config.run.dir)
-    run.mkdir()
-    script = run / "job.sh"
-    script.write_text(jobscript.script(config, "python3", 120, {}))
-    records = [{"time": 1.5, "job": job, "via": "sbatch", "cluster": "slurm"} for job in "79"]
-    lines = [json.dumps(record) + "\n" for record in records[: 1 + waiting]]
-    (run / "submissions.jsonl").write_text("".join(lines))
-    result = run_script(script, ours)
-    assert result.returncode == 75
-    assert (tmp_path / "sbatch").exists() is not waiting
+    scontrol = f'[ "$1" = show ] && [ "$2" = job ] && echo "{SHOWN.format(0, 0)}" || echo n1'
+    output, sbatch = interrupted(tmp_path, tools, scontrol, "79" if waiting else "7")
+    assert sbatch.exists() is not waiting
     said = "job 9 waits for this one, and goes on" if waiting else "a successor is in the queue"
-    assert f"this site does not requeue: {said}" in result.stdout
-    last = json.loads((run / "submissions.jsonl").read_text().splitlines()[-1])
+    assert f"this site does not requeue: {said}" in output
+    last = json.loads(next(tmp_path.rglob("submissions.jsonl")).read_text().splitlines()[-1])
     assert last["job"] == ("9" if waiting else "8")
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_requeue_without_an_answer(done: bool, tmp_path: Path, tools: Path) -> None:
+    """Slurm ends scontrol together with the job that it puts back: no successor beside that one."""
+    accept = f"touch {tmp_path}/done" if done else ":"
+    scontrol = f"""case "$1 $2" in
+        "show job") echo "{SHOWN.format(1, f"$([ ! -e {tmp_path}/done ]; echo $?)")}" ;;
+        "requeue 7") {accept}; kill $$ ;;
+        *) echo n1 ;;
+    esac"""
+    output, sbatch = interrupted(tmp_path, tools, scontrol, "7")
+    assert sbatch.exists() is not done
+    assert ("Slurm has requeued it" in output) is done
 
 
 def test_the_hub_cache_is_found_in_a_container(tmp_path: Path) -> None:

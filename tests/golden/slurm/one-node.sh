@@ -99,7 +99,7 @@ say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $
 field() { grep -oE "(^| )$1=[^ ]*" <<< "$job" | head -n 1 | cut -d= -f2; }
 
 requeue() {
-    local job next
+    local job next refused=
     say "$1; saved up to step $(saved_step)"
     if [ -e CANCELLED ]; then
         exit 75
@@ -115,6 +115,7 @@ requeue() {
         # twice, and one that somebody has taken out must not come back.
         job=$(timeout 60 scontrol show job -o "$SLURM_JOB_ID")
         if [ -z "$job" ]; then
+            refused=
             sleep 10 & wait $!
             continue
         elif [ "$(field Restarts)" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
@@ -125,13 +126,16 @@ requeue() {
             say "cancelled in Slurm: submit the job again to go on"
             exit 75
         fi
-        if [ "$(field Requeue)" = 1 ]; then
+        if [ "$(field Requeue)" = 1 ] && [ -z "$refused" ]; then
             [ -z "${SFT_JOB_SUBMITIT:-}" ] || exit 76 # submitit puts the job back
             if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
                 say "requeued"
                 sleep 300 & wait $! # Slurm ends this script
                 exit 75
             fi
+            # Or done, and the answer lost: Slurm ends scontrol together with this job.
+            refused=1
+            continue
         fi
         # Submitted meanwhile, with --after: two jobs would train the same steps.
         next=$(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' submissions.jsonl | tail -n 1)
