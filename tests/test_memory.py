@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,24 @@ def fewer_layers(model: ModelFacts, layers: int, *, tied: bool = False) -> Model
     return dataclasses.replace(model, layers=layers, tied=tied, parameters=parameters)
 
 
-def tracked(model: ModelFacts, setting: Setting, lengths: list[int], micro_batches: int) -> int:
-    """Peak bytes by torch's tracker, in a process of its own."""
+@pytest.fixture(scope="module")
+def tracker() -> Iterator[subprocess.Popen[str]]:
+    """`python -m tests.tracker`, which answers line by line."""
+    words = [sys.executable, "-m", "tests.tracker"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), text=True, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+def tracked(
+    tracker: subprocess.Popen[str],
+    model: ModelFacts,
+    setting: Setting,
+    lengths: list[int],
+    micro_batches: int,
+) -> int:
+    """Peak bytes by torch's tracker."""
     shape = {
         "hidden_size": model.hidden,
         "intermediate_size": model.intermediate,
@@ -58,16 +75,10 @@ def tracked(model: ModelFacts, setting: Setting, lengths: list[int], micro_batch
         "saved_products": setting.saved_products,
         "micro_batches": micro_batches,
     }
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.tracker", json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-        timeout=470,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return int(json.loads(result.stdout.splitlines()[-1])["peak"])
+    print(json.dumps(arguments), file=tracker.stdin, flush=True)
+    answer = tracker.stdout.readline()
+    assert answer, "the tracker ended: its traceback is in the captured stderr"
+    return int(answer)
 
 
 def setting(**changes: Any) -> Setting:
@@ -107,21 +118,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_fsdp_equals_torchs_own_tracker(case: str) -> None:
+def test_fsdp_equals_torchs_own_tracker(tracker, case: str) -> None:
     """Fake tensors, a fake process group, real shapes: within 10%."""
     model, changes = CASES[case]
     asked = setting(**changes)
     lengths = [asked.tokens // 4] * 4
     predicted = estimate(model, asked).total
-    seen = tracked(model, asked, lengths, micro_batches=2 if asked.accumulates else 1)
+    seen = tracked(tracker, model, asked, lengths, micro_batches=2 if asked.accumulates else 1)
     assert 0.9 <= predicted / seen <= 1.1, (predicted / 2**30, seen / 2**30)
 
 
-def test_the_tracker_can_tell(  # the comparison above must be able to fail
-) -> None:
+def test_the_tracker_can_tell(tracker) -> None:  # the comparison above must be able to fail
     """Without its recomputation, or on half the ranks, the prediction is far off."""
     model, asked = SMALL, setting(recompute="none")
-    seen = tracked(model, asked, [1024] * 4, micro_batches=2)
+    seen = tracked(tracker, model, asked, [1024] * 4, micro_batches=2)
     for wrong in (setting(recompute="full"), setting(recompute="none", world_size=4)):
         assert not 0.9 <= estimate(model, wrong).total / seen <= 1.1
 

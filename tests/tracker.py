@@ -1,15 +1,17 @@
 """Peak memory of one rank by torch's own tracker, on fake tensors and a fake process group.
 
-    python -m tests.tracker '{"world_size": 8, ...}'      prints bytes as JSON
+    echo '{"world_size": 8, ...}' | python -m tests.tracker      prints bytes, one line for each
 
-A process of its own: the fake group and the tracker's hooks are for a whole process. The model is
-built, sharded and run by the code that trains. What the optimizer's step holds for a moment is
-left out: the fused step holds nothing, and the tracker counts an unfused one several times over.
+Each line in a process of its own, since the fake group and the tracker's hooks are for a whole
+process; forked, so that torch is imported once. The model is built, sharded and run by the code
+that trains. What the optimizer's step holds for a moment is left out: the fused step holds
+nothing, and the tracker counts an unfused one several times over.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -80,4 +82,10 @@ def peak(
 
 
 if __name__ == "__main__":
-    print(json.dumps({"peak": peak(**json.loads(sys.argv[1]))}))
+    for line in sys.stdin:
+        if child := os.fork():
+            if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+                sys.exit(code)
+        else:
+            print(peak(**json.loads(line)), flush=True)
+            break
