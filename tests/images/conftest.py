@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 ASKED = "SFT_JOB_IMAGES"  # 1: what CI runs; all: every combination
 # Short, for the unix socket in it; kept, for the layers and packages in it.
 STATE = Path(os.environ.get("SFT_JOB_IMAGES_STATE", "/tmp/sft-images"))
+DISK = 18 << 30  # bytes at the peak, while Apptainer converts: two stores of layers, archive, SIF
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,6 +47,10 @@ def tools() -> Iterator[Path]:
     assert STATE.stat().st_uid == os.getuid(), f"{STATE} belongs to somebody else"
     with open(STATE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two sessions would stop each other's daemon
+        held = int(containers.run("du", "-s", "--block-size=1", STATE).stdout.split()[0])
+        free = shutil.disk_usage(STATE).free
+        more = (DISK - held) >> 30
+        assert free >= DISK - held, f"{STATE}: {free >> 30} GiB free, the images need {more} more"
         containers.run(HERE / "up.sh", STATE, timeout=600, quiet=True)
         show = ["bash", "-c", f'. "{STATE}/env.sh"; env -0']
         found = subprocess.run(show, capture_output=True, check=True, text=True).stdout
