@@ -2,7 +2,8 @@
 # make test          environment, lint, types, tests
 # make accept        quickstart under both engines, its result checked
 # make cluster       jobs on a real Slurm of two nodes on this machine (root, Debian; installs it)
-# make images        real container images on a stand-in base, run by Docker, Podman, Apptainer (the same)
+# make images        real container images on a stand-in base, run by Docker, Podman, Apptainer (the
+#                    same, and 18 GB of disk)
 #
 # Everything goes into .venv and runs/; a second call reuses what is there.
 
