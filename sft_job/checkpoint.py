@@ -90,7 +90,7 @@ def publish(
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        left = shutil.disk_usage(beside).free
+        left = shutil.disk_usage(beside.parent).free  # another rank may have removed it already
         shutil.rmtree(beside, ignore_errors=True)
         if left < FULL_BYTES or _is_disk_full(error):
             raise disk_full(run_dir, f"checkpoint of step {step}", needed_bytes, free) from error

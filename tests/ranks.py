@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import resource
 import shutil
@@ -445,6 +446,23 @@ def checkpoints(world: World, run: str) -> list[Any]:
     older, skipped = checkpoint.find(run_dir, world, engine="fsdp", data="d")
     assert older is not None
     return [found.step, sorted(manifest["files"]), older.step, skipped]
+
+
+def full_disk(world: World, run: str) -> str:
+    """The disk is full on every rank, and the first has cleared away before the others look."""
+
+    def write(folder: Path) -> None:
+        if world.is_main:
+            shutil.rmtree(folder)
+        world.barrier()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        run_dir = RunDir(run)
+        checkpoint.publish(run_dir, 1, write, world, engine="fsdp", data="d", needed_bytes=10)
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"
 
 
 def _status(key: str) -> int:

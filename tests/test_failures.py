@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sft_job.rundir import RunDir
-from tests.runs import make_conversations, make_job, make_model, metrics, sft_job
+from tests import ranks
+from tests.runs import make_conversations, make_job, make_model, metrics, on_ranks, sft_job
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,11 @@ def test_no_room_for_a_later_checkpoint(job: Path, small_disk: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert f"resuming after step {saved[0]}" in result.stdout
     assert metrics(run)[-1]["step"] == 10
+
+
+def test_every_rank_says_that_the_disk_is_full(tmp_path: Path) -> None:
+    """Also one that finds the folder removed by another."""
+    assert on_ranks(ranks.full_disk, 2, str(tmp_path / "run")) == ["DiskSpaceError"] * 2
 
 
 def test_quantised_weights(job: Path, tmp_path: Path, model: Path) -> None:
