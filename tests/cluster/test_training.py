@@ -123,10 +123,9 @@ KINDS = {
 # What there is time for in CI; both engines and both ways are among them.
 IN_CI = {
     ("fsdp", "sbatch", "--signal"),
-    ("zero3", "sbatch", "scancel --signal"),
+    ("zero3", "submitit", "scancel --signal"),
     ("fsdp", "sbatch", "scontrol requeue"),
     ("fsdp", "sbatch", "node down"),
-    ("fsdp", "submitit", "no requeue"),
 }
 
 
