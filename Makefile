@@ -12,7 +12,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/quickstart
 ARGS   :=
-IN     := tests/images
 
 # Without an NVIDIA GPU two CPU processes train; with GPUs, one process on each.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -57,7 +56,7 @@ cluster: $(VENV)/.test
 	SFT_JOB_CLUSTER=$(if $(ALL),all,1) $(BIN)/python -m pytest tests/cluster
 
 images: $(VENV)/.test
-	SFT_JOB_IMAGES=$(if $(ALL),all,1) $(BIN)/python -m pytest $(IN)
+	SFT_JOB_IMAGES=$(if $(ALL),all,1) $(BIN)/python -m pytest tests/images
 
 accept:
 	$(MAKE) quickstart RUN=runs/accept-fsdp
