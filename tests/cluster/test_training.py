@@ -15,7 +15,7 @@ from tests.runs import run_job, sft_job
 
 ENGINES = ["fsdp", "zero3"]
 WAYS = ["sbatch", "submitit"]
-STEPS = 100
+STEPS = 60
 GRACE_S = 30
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def job(folder: Path) -> Path:
-    changes = {"train.max_steps": STEPS, "checkpoint.every_steps": 25, "checkpoint.keep": 2}
+    changes = {"train.max_steps": STEPS, "checkpoint.every_steps": 20, "checkpoint.keep": 2}
     return jobs.make_cluster_job(folder / "job", **changes)
 
 
@@ -162,7 +162,7 @@ def test_interrupted_and_continued(
         setup = f"slurm.setup=['export PATH={tools}:$PATH']"
         options += ["slurm.time_min=1", "slurm.grace_s=5", setup]
     run = jobs.submit(job, run_dir, *options)
-    jobs.wait_for_step(run, 1 if "slurm.time_min=1" in options else 30)
+    jobs.wait_for_step(run, 1 if "slurm.time_min=1" in options else 25)
     KINDS[kind](run, cluster)
     assert jobs.wait_for_end(run) == "DONE", jobs.output(run)
     attempts = jobs.attempts_of(run)
