@@ -5,7 +5,8 @@
               config          reading it: overrides, faults
               cli             arguments, messages, requests to stop
     layer 2   rundir          every name in the run directory and the cache
-    no torch  conversations   conversations: read, checked, cut to what can be trained on
+    no torch  attempt         one attempt at a job: its number, its records, its marks
+              conversations   conversations: read, checked, cut to what can be trained on
               templates       chat templates as data
               batching        which samples make a step, and who computes them
               hardware        what this machine has

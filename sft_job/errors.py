@@ -15,6 +15,7 @@
     ├── TrainingError           1   the numbers went wrong
     ├── ExportError             1   the written model is not the trained one
     ├── WorkerError             1   a training process ended by itself
+    ├── SupersededError         1   a later attempt runs the job
     └── Interrupted            75   stopped on request, can be resumed (EX_TEMPFAIL)
 
 Every message says what, where, why and what next; `where` and `remedy` keep those
@@ -134,6 +135,10 @@ class ExportError(SftJobError):
 
 
 class WorkerError(SftJobError):
+    pass
+
+
+class SupersededError(SftJobError):
     pass
 
 

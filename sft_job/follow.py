@@ -78,7 +78,7 @@ def live(run_dir: RunDir) -> list[tuple[dict[str, Any], str]]:
 
 
 def attempts(run_dir: RunDir) -> int:
-    return run_dir.next_attempt() - 1
+    return run_dir.newest_attempt()
 
 
 def job_state(run_dir: RunDir) -> str:
@@ -100,13 +100,14 @@ def observed(run_dir: RunDir) -> tuple[str, str | None, dict[str, Any] | None]:
     if run_dir.done.exists():
         return "DONE", known, last
     if last is None:
-        return "INTERRUPTED" if run_dir.interrupted.exists() else "NOT SUBMITTED", None, None
+        stopped = run_dir.interruption(attempts(run_dir)) is not None
+        return "INTERRUPTED" if stopped else "NOT SUBMITTED", None, None
     if known in ALIVE:
         return str(known), known, last
     attempt = attempts(run_dir)
     if attempt and run_dir.cause(attempt).exists():
         return "FAILED", known, last
-    if run_dir.interrupted.exists():
+    if run_dir.interruption(attempt) is not None:
         return "INTERRUPTED", known, last
     if known is None and last["cluster"] == "slurm":
         known = slurm.ending(last["job"])
@@ -152,8 +153,9 @@ def status(run_dir: RunDir) -> Iterator[str]:
     ]
     yield f"checkpoint   {run_dir.checkpoint(saved[0]) if saved else 'none yet'}"
     yield f"logs         {run_dir.logs(attempt) if attempt else 'none yet'}"
-    if run_dir.interrupted.exists() and state != "DONE":
-        yield f"interrupted  {read_json(run_dir.interrupted)['message']}"
+    reason = run_dir.interruption(attempt)
+    if reason is not None and state != "DONE":
+        yield f"interrupted  {reason}"
     if attempt and run_dir.cause(attempt).exists():
         first, *rest = run_dir.cause(attempt).read_text(errors="replace").splitlines() or [""]
         yield f"failed       {first.removeprefix('error: ')}"

@@ -18,7 +18,6 @@ Figures are of the steps since the record before, over all ranks unless said oth
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -31,8 +30,8 @@ import torch
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sft_job.attempt import METRICS
 from sft_job.flops import Work
-from sft_job.rundir import append_line
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -116,18 +115,22 @@ def useful_seconds(records: Iterable[Mapping[str, Any]], done: int) -> float:
     return float(sum(latest.values()))
 
 
+Append = Callable[[str, Mapping[str, Any]], None]
+
+
 class Reporter:
     """Shows progress: a bar on a terminal, plain lines in a log. On the main rank only."""
 
-    def __init__(self, terminal: IO[str], log: Path | None, metrics_file: Path) -> None:
+    def __init__(self, terminal: IO[str], log: Path | None, append: Append) -> None:
         """
         Args:
             terminal: where people look; a bar is drawn if it is one.
             log: gets every line as well.
+            append: adds a record to a record file of the attempt (`Attempt.append`).
         """
         self._console = RichConsole(file=terminal, highlight=False, soft_wrap=True)
         self._log = log
-        self._metrics_file = metrics_file
+        self.append = append
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
@@ -149,11 +152,8 @@ class Reporter:
             self._bar.add_task("", total=steps, completed=done, figures="")
             self._bar.start()
 
-    def append(self, file: Path, record: Mapping[str, Any]) -> None:
-        append_line(file, json.dumps(record))
-
     def record(self, record: dict[str, Any], steps: int) -> None:
-        self.append(self._metrics_file, record)
+        self.append(METRICS, record)
         norm = record["grad_norm"]
         figures = (
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
@@ -178,13 +178,11 @@ class Silence(Reporter):
     """The reporter of the other ranks: what they would say is said by the main one."""
 
     def __init__(self) -> None:
-        pass
+        self.append = lambda name, record: None
 
     def say(self, text: str) -> None: ...
 
     def start(self, done: int, steps: int) -> None: ...
-
-    def append(self, file: Path, record: Mapping[str, Any]) -> None: ...
 
     def record(self, record: dict[str, Any], steps: int) -> None: ...
 

@@ -4,10 +4,16 @@ RUN_DIR/
   config.yaml            the job file as given
   job.json               the checked configuration, overrides applied, paths absolute
   plan.json              the resolved plan
+  attempts/N/            made by attempt N, which has its number by that; nobody else writes here
+      owner.json         who it is: host, process, Slurm job
+      metrics.jsonl      one line per step that it logged
+      attempts.jsonl     when it began, where it resumed, and how long its start took, by part
+      interrupted        it was stopped on request, and says why
+      model.json         size and SHA-256 of each file of the model that it wrote
   logs/attempt-N/        one log per rank, rank-R.error when a rank failed; from the job script
                          rank-R.ready, first-error, error (the cause) and Slurm's messages
-  metrics.jsonl          one line per logged step
-  attempts.jsonl         when each attempt began, and how long its start took, by part
+  metrics.jsonl          the records of all attempts that count, see `attempt.py`
+  attempts.jsonl         of all attempts
   tensorboard/           with logging.report_to: [tensorboard]
   checkpoints/step-00000200/
   model/                 the exported model
@@ -17,7 +23,7 @@ RUN_DIR/
   CANCELLED              by `sft-job submit cancel`: saved, and not requeued
   progress               saved step at the beginning of each attempt since it was submitted
   save_seconds           what the last checkpoint took
-  INTERRUPTED | DONE     how the last attempt ended
+  DONE                   the model is complete; made once, never replaced
 
 CACHE_DIR/
   models/NAME/           converted weights and repaired tokenizers
@@ -64,13 +70,24 @@ class RunDir:
         self.model = self.path / "model"
         self.tensorboard = self.path / "tensorboard"
         self.done = self.path / "DONE"
-        self.interrupted = self.path / "INTERRUPTED"
         self.script = self.path / "job.sh"
         self.cancelled = self.path / "CANCELLED"
         self.submissions = self.path / "submissions.jsonl"
         self.progress = self.path / "progress"
         self.save_seconds = self.path / "save_seconds"
         self.submitit = self.path / "submitit"
+
+    def attempt(self, number: int) -> Path:
+        return self.path / "attempts" / str(number)
+
+    def owner(self, attempt: int) -> Path:
+        return self.attempt(attempt) / "owner.json"
+
+    def interrupted(self, attempt: int) -> Path:
+        return self.attempt(attempt) / "interrupted"
+
+    def written_model(self, attempt: int) -> Path:
+        return self.attempt(attempt) / "model.json"
 
     def logs(self, attempt: int) -> Path:
         return self.path / "logs" / f"attempt-{attempt}"
@@ -105,11 +122,33 @@ class RunDir:
         matches = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted((int(m[1]) for m in matches if m), reverse=True)
 
-    def next_attempt(self) -> int:
-        if not (self.path / "logs").is_dir():
-            return 1
-        names = (p.name.removeprefix("attempt-") for p in (self.path / "logs").iterdir())
-        return max((int(n) for n in names if n.isdigit()), default=0) + 1
+    def attempts(self) -> list[int]:
+        """The numbers of all attempts, oldest first. Those of versions that made no folder for
+        each have left their logs."""
+        found = set()
+        for folder, prefix in (("attempts", ""), ("logs", "attempt-")):
+            try:
+                names = os.listdir(self.path / folder)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            numbers = (n.removeprefix(prefix) for n in names if n.startswith(prefix))
+            found |= {int(n) for n in numbers if n.isascii() and n.isdigit()}
+        return sorted(found)
+
+    def newest_attempt(self) -> int:
+        """0 before the first."""
+        return max(self.attempts(), default=0)
+
+    def interruption(self, attempt: int) -> str | None:
+        """Why an attempt was stopped on request; None when it was not."""
+        try:
+            marker = read_json(self.interrupted(attempt))
+        except FileNotFoundError:
+            return None
+        except ValueError:  # cut off by a full disk or a lost machine
+            return "interrupted"
+        message = marker.get("message") if isinstance(marker, dict) else None
+        return str(message or "interrupted")
 
     @contextmanager
     def alone(self, name: str, doing: str, *, patience_s: float = 0) -> Iterator[None]:
@@ -241,15 +280,16 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file; a process that was killed may have left half a line."""
-    if not file.is_file():
-        return []
+    """All whole records of a JSON-lines file. A process that was killed, or a disk that was full,
+    may have left anything in between."""
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # not JSON, not UTF-8
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

@@ -99,7 +99,7 @@ class Attempt:
                 "saved and stopped; the last line above says what next", where=self.run_dir
             )
         if code:
-            cause = run_dir.cause(run_dir.next_attempt() - 1)
+            cause = run_dir.cause(run_dir.newest_attempt())
             said = cause.read_text() if cause.exists() else f"exit code {code}"
             raise WorkerError(said.removeprefix("error: ").strip(), where=self.run_dir)
         return self.run_dir

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sft_job import cli, flops, hardware, workers
+from sft_job.attempt import STARTS, Attempt, metric_records, refresh, start_records
 from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import load
@@ -32,7 +33,7 @@ from sft_job.errors import (
 )
 from sft_job.plan import Plan, plan_of, processes, show
 from sft_job.prepared import Prepared, find_prepared, read_facts
-from sft_job.rundir import RunDir, append_line, read_json, read_records, write_atomically
+from sft_job.rundir import RunDir, write_atomically
 from sft_job.schema import JobConfig
 from sft_job.workers import Phases, Place, Workers
 
@@ -67,9 +68,9 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
         if run_dir.done.exists():
             print(f"this job is done; its model is in {run_dir.model}")
             return 0
-        attempt = run_dir.next_attempt()
-        run_dir.logs(attempt).mkdir(parents=True)  # a stop file is for one attempt alone
-        run_dir.stop_file(attempt).unlink(missing_ok=True)
+        attempt = Attempt.claim(run_dir).number
+        run_dir.logs(attempt).mkdir(parents=True, exist_ok=True)
+        run_dir.stop_file(attempt).unlink(missing_ok=True)  # left of a run that was removed
         stop = StopRequest(run_dir.stop_file(attempt))
         stop.listen()
         machine = hardware.detect_for_training()  # before an hour of tokenising
@@ -77,13 +78,12 @@ def launch(job: Path, overrides: Sequence[str], argv: Sequence[str]) -> int:
         stop.file = None  # the workers look for it themselves
         plan, _ = plan_of(config, machine=machine)  # refuses what every worker would
         refuse_small_disk(run_dir, plan)
-        run_dir.interrupted.unlink(missing_ok=True)
         crew = Workers(run_dir, attempt, processes(config, machine))
         crew.start(argv)
         crew.wait(stop)
-        if run_dir.interrupted.exists():
+        if (message := run_dir.interruption(attempt)) is not None:
             raise Interrupted(
-                read_json(run_dir.interrupted)["message"],
+                message,
                 where=str(run_dir.path),
                 remedy="run the same command again to go on",
             )
@@ -170,11 +170,13 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
                     run_dir.claim(config, job.read_text(encoding="utf-8"))
                     patience = LOST_LOCK_S if watched else 0
                     held.enter_context(run_dir.alone(LOCK, RUNNING, patience_s=patience))
+                    run_dir.attempt(attempt).mkdir(parents=True, exist_ok=True)
                 if run_dir.done.exists():
                     return 0
                 number = attempt if watched else None
                 _prepare_without_launcher(config, job, overrides, place, run_dir, stop, number)
-            train(config, run_dir, place, stop, attempt, phases, launched=launched)
+            started = Attempt(run_dir, attempt)
+            train(config, started, place, stop, phases, launched=launched)
     except Interrupted:
         pass  # the marker is written; whoever started us turns it into 75
     except BaseException as error:
@@ -209,11 +211,11 @@ def _prepare_without_launcher(
     """Under torchrun or srun: rank 0 prepares, the others look for the result. `attempt`
     is the job script's, which has taken the marker of an earlier one away; else None."""
     if place.rank == 0:
-        run_dir.interrupted.unlink(missing_ok=True)
         try:
             prepare(config, job, overrides, stop)
         except Interrupted as error:
-            write_atomically(run_dir.interrupted, json.dumps({"message": error.what}) + "\n")
+            if attempt:
+                Attempt(run_dir, attempt).interrupt(error.what)
             raise
         except SystemExit as error:  # said already, in the log of this rank
             said = run_dir.log(attempt, 0).read_text(errors="replace") if attempt else ""
@@ -222,17 +224,16 @@ def _prepare_without_launcher(
             ) from error
     while find_prepared(config) is None:
         # Under a job script rank 0 alone decides, so that nobody waits for one that has left.
-        if run_dir.interrupted.exists() if attempt else stop:
+        if run_dir.interrupted(attempt).exists() if attempt else stop:
             raise Interrupted(f"interrupted by {stop.reason} while the data is prepared")
         time.sleep(0.5)
 
 
 def train(
     config: JobConfig,
-    run_dir: RunDir,
+    attempt: Attempt,
     place: Place,
     stop: StopRequest,
-    attempt: int,
     phases: Phases,
     *,
     launched: bool,
@@ -246,6 +247,7 @@ def train(
         os.environ["HF_HUB_OFFLINE"] = "1"
     from sft_job import world as worlds
 
+    run_dir = attempt.run_dir
     machine = hardware.detect_for_training()
     terminal: IO[str] = sys.stdout
     if launched and place.rank == 0:
@@ -259,15 +261,13 @@ def train(
         if prepared is None:
             raise WorkerError("the prepared data has vanished", where=str(config.cache_dir))
         refuse_different_plans(world, config, plan)
-        reporter = _reporter(world, run_dir, terminal, attempt, launched=launched)
+        reporter = _reporter(world, attempt, terminal, launched=launched)
         if world.is_main:
             write_atomically(run_dir.plan_file, _as_json(plan))
         reporter.say(show(plan))
-        _stop_if_asked(world, stop, run_dir, "before the model was loaded")
+        _stop_if_asked(world, stop, attempt, "before the model was loaded")
         try:
-            _train_and_export(
-                config, plan, prepared, world, run_dir, stop, reporter, attempt, phases
-            )
+            _train_and_export(config, plan, prepared, world, stop, reporter, attempt, phases)
         finally:
             reporter.stop()
     finally:
@@ -280,12 +280,12 @@ def _train_and_export(
     plan: Plan,
     prepared: Prepared,
     world: World,
-    run_dir: RunDir,
     stop: StopRequest,
     reporter: Reporter,
-    attempt: int,
+    attempt: Attempt,
     phases: Phases,
 ) -> None:
+    run_dir = attempt.run_dir
     if config.engine.type == "zero3":
         from sft_job import zero3 as engine_module
 
@@ -326,19 +326,18 @@ def _train_and_export(
         run_dir=run_dir,
         stop=stop,
         reporter=reporter,
-        meter=_meter(run_dir, plan, folder, found.step if found else 0, attempt, phases, world),
-        started=_started(run_dir, phases, reporter, attempt),
-        attempt=attempt,
+        meter=_meter(plan, folder, found.step if found else 0, attempt, phases, world),
+        started=_started(phases, reporter, attempt),
         prepared_model=folder,
     )
-    _stop_if_asked(world, stop, run_dir, "before the first step")
+    _stop_if_asked(world, stop, attempt, "before the first step")
     if found is not None:
         sft.last_saved = found.step
         reporter.say(f"resuming after step {found.step} from {found.folder}")
     reporter.start(found.step if found else 0, plan.steps or 0)
     sft.train(resume_from_checkpoint=str(found.folder) if found else None)
     reporter.stop()
-    _stop_if_asked(world, stop, run_dir, f"after step {sft.state.global_step}")
+    _stop_if_asked(world, stop, attempt, f"after step {sft.state.global_step}")
     reporter.say(f"writing the model to {run_dir.model}")
     zero3.forget_settings()
     tokenizer = load_tokenizer(folder, trust)
@@ -352,10 +351,10 @@ def _train_and_export(
         source=folder,
         dtype=DTYPES[plan.precision.value],
         trust_remote_code=trust,
-        pause=lambda: _stop_if_asked(world, stop, run_dir, "while the model was written"),
+        pause=lambda: _stop_if_asked(world, stop, attempt, "while the model was written"),
     )
     if world.is_main:
-        record = {"step": sft.state.global_step, "attempt": attempt, "time": time.time()}
+        record = {"step": sft.state.global_step, "attempt": attempt.number, "time": time.time()}
         write_atomically(run_dir.done, json.dumps(record) + "\n")
     world.barrier()
     reporter.say(f"done: sft-job chat {run_dir.path}")
@@ -385,9 +384,7 @@ def _steps(config: JobConfig, plan: Plan, prepared: Prepared, world: World) -> S
     )
 
 
-def _started(
-    run_dir: RunDir, phases: Phases, reporter: Reporter, attempt: int
-) -> Callable[[str], None]:
+def _started(phases: Phases, reporter: Reporter, attempt: Attempt) -> Callable[[str], None]:
     """Takes the time of the parts of the start that the trainer sees; tells after the last."""
 
     def started(phase: str) -> None:
@@ -396,33 +393,33 @@ def _started(
         phases.end(phase)
         if phase == "first step":
             reporter.say(f"started in {phases}")
-            reporter.append(run_dir.attempts_file, {"attempt": attempt, "start": phases.seconds})
+            reporter.append(STARTS, {"start": phases.seconds})
 
     return started
 
 
 def _meter(
-    run_dir: RunDir,
-    plan: Plan,
-    folder: Path,
-    done: int,
-    attempt: int,
-    phases: Phases,
-    world: World,
+    plan: Plan, folder: Path, done: int, attempt: Attempt, phases: Phases, world: World
 ) -> Meter:
-    """Counts from the first attempt on; this one is entered."""
+    """Counts from the first attempt on; this one is entered.
+
+    Args:
+        done: steps in the checkpoint that is resumed.
+    """
     from sft_job.metrics import Meter, useful_seconds
 
-    facts, entry = read_facts(folder), {"attempt": attempt, "began": phases.began}
+    run_dir = attempt.run_dir
     if world.is_main:
-        append_line(run_dir.attempts_file, json.dumps(entry))
+        attempt.append(STARTS, {"began": phases.began, "resumed": done})
+        refresh(run_dir)
     world.barrier()
-    attempts = read_records(run_dir.attempts_file)
+    facts = read_facts(folder)
+    began = [entry["began"] for entry in start_records(run_dir) if "began" in entry]
     return Meter(
         operations=lambda work: flops.needed(facts, work),
         peak_flops=plan.peak_flops,
-        useful_before=useful_seconds(read_records(run_dir.metrics_file), done),
-        began=min(entry["began"] for entry in attempts if "began" in entry),
+        useful_before=useful_seconds(metric_records(run_dir), done),
+        began=min(began, default=phases.began),
     )
 
 
@@ -455,27 +452,25 @@ def refuse_different_plans(world: World, config: JobConfig, plan: Plan) -> None:
                 )
 
 
-def _stop_if_asked(world: World, stop: StopRequest, run_dir: RunDir, when: str) -> None:
+def _stop_if_asked(world: World, stop: StopRequest, attempt: Attempt, when: str) -> None:
     """Leave in good order if any rank was asked to stop."""
     if not world.any(bool(stop)):
         return
     reason = next(filter(None, world.gather(stop.reason)), "request")
     message = f"interrupted by {reason} {when}"
     if world.is_main:
-        write_atomically(run_dir.interrupted, json.dumps({"message": message}) + "\n")
+        attempt.interrupt(message)
     world.barrier()
     raise Interrupted(message)
 
 
-def _reporter(
-    world: World, run_dir: RunDir, terminal: IO[str], attempt: int, *, launched: bool
-) -> Reporter:
+def _reporter(world: World, attempt: Attempt, terminal: IO[str], *, launched: bool) -> Reporter:
     from sft_job.metrics import Reporter, Silence
 
     if not world.is_main:
         return Silence()
-    log = run_dir.log(attempt, 0) if launched else None
-    return Reporter(terminal, log, run_dir.metrics_file)
+    log = attempt.run_dir.log(attempt.number, 0) if launched else None
+    return Reporter(terminal, log, attempt.append)
 
 
 def _as_json(plan: Plan) -> str:

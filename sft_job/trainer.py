@@ -131,7 +131,6 @@ class SftTrainer(Trainer):
         reporter: Reporter,
         meter: Meter,
         started: Callable[[str], None],
-        attempt: int,
         prepared_model: Path,
     ) -> None:
         """
@@ -140,7 +139,7 @@ class SftTrainer(Trainer):
         """
         self.config, self.plan, self.steps, self.world = config, plan, steps, world
         self.run_dir, self.stop, self.reporter = run_dir, stop, reporter
-        self.attempt, self.prepared_model = attempt, prepared_model
+        self.prepared_model = prepared_model
         self.meter, self.started = meter, started
         self.peak_gib = 0.0
         self.last_saved: int | None = None
@@ -383,7 +382,7 @@ class SftTrainer(Trainer):
             if not math.isfinite(logs["grad_norm"]):  # overflowed
                 record["grad_norm"] = None  # JSON has no infinity
                 del logs["grad_norm"]  # and the integrations draw numbers only
-            self.reporter.record(record | {"attempt": self.attempt}, self.state.max_steps)
+            self.reporter.record(record, self.state.max_steps)
             self._say_lost()
         super().log(logs, start_time)
 

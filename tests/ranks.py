@@ -32,7 +32,7 @@ from sft_job.metrics import Meter, Reporter, Silence, peak_memory_gib
 from sft_job.model import WeightFiles
 from sft_job.plan import Plan, plan_of, schedule_of
 from sft_job.prepared import read_facts
-from sft_job.rundir import RunDir
+from sft_job.rundir import RunDir, append_line
 from sft_job.schema import JobConfig
 from sft_job.train import refuse_different_plans
 from sft_job.world import World
@@ -78,7 +78,6 @@ class Setup:
             reporter=Silence(),
             meter=Meter(lambda work: 0.0, None, 0.0, time.time()),
             started=lambda phase: None,
-            attempt=1,
             prepared_model=self.folder,
         )
 
@@ -90,7 +89,9 @@ class Setup:
         )
         if self.world.is_main:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self.trainer.reporter = Reporter(sys.stdout, None, file)
+            self.trainer.reporter = Reporter(
+                sys.stdout, None, lambda name, record: append_line(file, json.dumps(record))
+            )
         self.trainer.remove_callback(trainer.Steering)
         self.trainer.add_callback(Measuring(self.trainer))
 

@@ -242,7 +242,7 @@ def test_the_cause_is_what_the_system_did(tmp_path: Path, tools: Path) -> None:
 
 INTERRUPTED_SRUN = """#!/bin/bash
 [[ " $* " == *" sft_job.train "* ]] || exit 0
-echo '{"message": "interrupted by signal SIGUSR1 after step 3"}' > INTERRUPTED
+echo '{"message": "interrupted by signal SIGUSR1 after step 3"}' > attempts/1/interrupted
 exit 75
 """
 SHOWN = "JobId=7 JobState=RUNNING Reason=None Requeue={} Restarts={}"

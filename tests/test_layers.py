@@ -20,6 +20,7 @@ TABLE = {
     1: {"schema", "config", "cli"},
     2: {
         "rundir",
+        "attempt",
         "conversations",
         "templates",
         "batching",

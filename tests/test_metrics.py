@@ -142,7 +142,7 @@ def test_records_and_attempts_of_a_real_run(tmp_path: Path) -> None:
         assert 0 <= record["data_wait_share"] < 1
         assert record["supervised_tokens_per_second"] < record["tokens_per_second"]
     begun, started = read_records(run.attempts_file)
-    assert begun.keys() == {"attempt", "began"}
+    assert begun.keys() == {"attempt", "began", "resumed"}
     assert list(started["start"]) == [
         "launch", "torch and process group", "imports", "data", "weights", "engine", "self-test",
         "first step",

@@ -86,11 +86,11 @@ def test_stopped_and_resumed_equals_undisturbed(folder: Path, job: Path, engine:
     output = interrupt_job(job, *stopped, after=2)
     run = RunDir(folder / f"{engine}-stopped")
     assert "interrupted by signal SIGTERM after step" in output
-    assert run.interrupted.exists()
+    assert run.interruption(1) is not None
     (step,) = run.checkpoint_steps()
     assert 2 <= step < 6
     run_job(job, *stopped)
-    assert not run.interrupted.exists()
+    assert run.interruption(2) is None
     assert last_records(run) == last_records(RunDir(folder / f"{engine}-whole"))
     assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5, 6]
     same_bits(run, whole)

@@ -50,7 +50,7 @@ def test_the_names_in_a_run_directory():
         run.checkpoint(200): "checkpoints/step-00000200",
         run.model: "model",
         run.stop_file(3): "stop-3",
-        run.interrupted: "INTERRUPTED",
+        run.interrupted(3): "attempts/3/interrupted",
         run.done: "DONE",
     }
     assert {path: path.relative_to("/r").as_posix() for path in expected} == expected
@@ -60,12 +60,17 @@ def test_every_drawn_name_of_the_run_directory_is_given_out():
     """What the docstring draws under RUN_DIR is what the class owns."""
     run = RunDir("/r")
     given_out = [str(value) for value in vars(run).values()]
-    given_out += [str(run.log(1, 0)), str(run.checkpoint(200)), str(run.stop_file(1))]
+    given_out += [
+        str(run.owner(1)),
+        str(run.log(1, 0)),
+        str(run.checkpoint(200)),
+        str(run.stop_file(1)),
+    ]
     drawn = rundir.__doc__.partition("RUN_DIR/")[2].partition("CACHE_DIR/")[0].splitlines()
     for line in drawn:
         if line.startswith("  "):
             for name in line[2:25].replace("|", " ").split():
-                stem = name.replace("-N", "-1").rstrip("/")
+                stem = name.replace("-N", "-1").replace("/N", "").rstrip("/")
                 assert any(stem in path for path in given_out), name
 
 
@@ -94,14 +99,14 @@ def test_steps_beyond_eight_digits_keep_their_name(tmp_path):
 
 
 def test_attempts_are_counted_from_their_logs(tmp_path):
-    """One more than the greatest; gaps and foreign names do not matter."""
+    """By the greatest number, of logs without a folder too; foreign names do not matter."""
     run = RunDir(tmp_path)
-    assert run.next_attempt() == 1
+    assert run.newest_attempt() == 0
     (tmp_path / "logs").mkdir()
-    assert run.next_attempt() == 1
+    assert run.newest_attempt() == 0
     for name in ("attempt-2", "attempt-10", "attempt-x", "other"):
         (tmp_path / "logs" / name).mkdir()
-    assert run.next_attempt() == 11
+    assert run.newest_attempt() == 10
 
 
 # --- claim ---------------------------------------------------------------------------------

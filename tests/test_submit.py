@@ -249,7 +249,8 @@ def test_status_of_a_run_that_went_on(tmp_path: Path) -> None:
     run.plan_file.write_text(json.dumps({"steps": 100}))
     record = {"step": 40, "tokens_per_second": 1234.5, "seconds_per_step": 2.0, "loss": 1.25}
     run.metrics_file.write_text(json.dumps(record) + '\n{"step": 41, "to')
-    run.interrupted.write_text('{"message": "interrupted by the time limit after step 40"}')
+    run.interrupted(2).parent.mkdir(parents=True)
+    run.interrupted(2).write_text('{"message": "interrupted by the time limit after step 40"}')
     run.checkpoint(40).mkdir(parents=True)
     (run.checkpoint(40) / "manifest.json").write_text("{}")
     said = sft_job("submit", "status", run.path).stdout.splitlines()

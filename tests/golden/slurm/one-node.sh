@@ -73,11 +73,18 @@ if ! grep -qs "\"job\": \"$SLURM_JOB_ID\"" submissions.jsonl; then # submitted b
     written_down "$SLURM_JOB_ID" sbatch
 fi
 
-attempt=$(find logs -name 'attempt-*' | sed -n 's/.*attempt-\([0-9]*\)$/\1/p' | sort -n | tail -n 1)
+# Whoever makes the folder of an attempt has its number; a listing may be older than that.
+mkdir -p attempts
+attempt=$(find attempts logs -maxdepth 1 | sed -nE 's/.*[/-]([0-9]+)$/\1/p' | sort -n | tail -n 1)
 attempt=$((${attempt:-0} + 1))
+until mkdir "attempts/$attempt" 2> /dev/null; do
+    [ -d "attempts/$attempt" ] || fail "node $node: cannot write to $RUN_DIR/attempts"
+    attempt=$((attempt + 1))
+done
 logs=logs/attempt-$attempt
 stop=stop-$attempt
-mkdir "$logs" || fail "node $node: cannot write to $RUN_DIR/logs"
+interrupted=attempts/$attempt/interrupted
+mkdir -p "$logs" || fail "node $node: cannot write to $RUN_DIR/logs"
 rm -f "$stop" # of a run whose logs somebody has removed
 
 # This attempt has failed: the cause first, also where `sft-job submit status` finds it.
@@ -90,7 +97,6 @@ give_up() {
 [ ! -e CANCELLED ] || { say "cancelled by the user"; exit 75; }
 ! stuck || give_up "$STUCK"
 saved_step >> progress
-rm -f INTERRUPTED
 say "attempt $attempt, job $SLURM_JOB_ID, nodes $SLURM_JOB_NODELIST, from step $(saved_step)"
 
 # --- how it goes on
@@ -276,13 +282,13 @@ done
 wait "$srun_pid"
 code=$?
 # Not before a requeue: there may be no time left, and the next attempt uses it again.
-[ -z "$ours" ] || [ -e INTERRUPTED ] || timeout 20 srun --nodes="$NODES" --ntasks="$NODES" \
+[ -z "$ours" ] || [ -e "$interrupted" ] || timeout 20 srun --nodes="$NODES" --ntasks="$NODES" \
     --ntasks-per-node=1 --gpu-bind=none rm -rf -- "$ours" 2> /dev/null
 
 # --- how it ended
 
 [ ! -e DONE ] || { say "done: $RUN_DIR/model"; exit 0; }
-[ ! -e INTERRUPTED ] || requeue "$(sed 's/^{"message": "\(.*\)"}$/\1/' INTERRUPTED)"
+[ ! -e "$interrupted" ] || requeue "$(sed 's/^{"message": "\(.*\)"}$/\1/' "$interrupted")"
 
 # A process that the system ended could not say why, and Slurm may tell of it after others, which
 # failed for want of it.
