@@ -202,7 +202,7 @@ def _rank(
 def _train(job: Path, combination: Combination, place: Any) -> list[dict[str, Any]]:
     """Train without saving; the records of metrics.jsonl."""
     from sft_job import world as worlds
-    from sft_job.rundir import read_records
+    from sft_job.files import read_records
     from tests.ranks import Setup
 
     if combination.engine == "zero3":

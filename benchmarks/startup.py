@@ -32,8 +32,9 @@ import yaml
 
 from benchmarks import workload
 from sft_job.config import load
+from sft_job.files import read_records
 from sft_job.prepared import find_prepared
-from sft_job.rundir import RunDir, read_records
+from sft_job.rundir import RunDir
 
 FOLDER = workload.WORK / "startup"
 BOUND = 1.5

@@ -3,6 +3,8 @@
     layer 0   errors          error kinds and exit codes
     layer 1   schema          the job file: its keys, units and defaults
               config          reading it: overrides, faults
+              seal            what a folder holds, by size and checksum
+              files           how files and folders are written
               cli             arguments, messages, requests to stop
     layer 2   rundir          every name in the run directory and the cache
     no torch  attempt         one attempt at a job: its number, its records, its marks
@@ -12,17 +14,22 @@
               hardware        what this machine has
               attention       the attention kernels and the choice among them
               prepared        what is already on this machine for a job
+              result          the model of a finished run: whether it is there as written
+              identity        what a run is made of, by content
               memory          bytes of a device at the peak of a step
               flops           operations of a step, and how long they take
               fit             what fits: checkpointing, micro-batch size, what to change
               choices         the other decisions of a plan: precision, kernels, positions
-              workers         the training processes of one machine: started, watched, stopped
+              workers         who this process is: launcher or worker, and which
+              launcher        the training processes of one machine: started, watched, stopped
               plan            everything derived from a job, in one place; `sft-job plan`
+              start           what has to be true before the processes of a job train
               jobscript       the text of a job script
               slurm           what Slurm says; a job under submitit
               follow          a submitted job from outside: status, output, end
-    layer 3   world           the processes that train together, and what they agree on
-    torch     tokenizer       read or converted, and checked
+    layer 3   rendezvous      how the processes find each other
+    torch     world           the processes that train together, and what they agree on
+              tokenizer       read or converted, and checked
               encode          text to ids and labels, once
               dataset         token cache, samples, a rank's share of each step
               varlen          attention over flattened samples
@@ -35,6 +42,7 @@
               selftest        before the first step: does the device compute what it should
               trainer         the Trainer subclass
               export          the final model, written and verified
+              worker          one training process, from its first line to its last
     layer 5   train           `sft-job train`
     entry     submit          `sft-job submit`
               data            `sft-job data`
@@ -43,4 +51,12 @@
 A file imports only from its own layer and those before it; nobody imports layer 5.
 """
 
+import signal
+import sys
+
 __version__ = "0.1.0"
+
+# Run as a program, Ctrl-C before the program has handlers of its own ends it without a traceback
+# of half-imported files. (`python -m` has put "-m" there while it imports this.)
+if sys.argv and sys.argv[0].rpartition("/")[2] in ("-m", "sft-job"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

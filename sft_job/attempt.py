@@ -24,7 +24,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sft_job.errors import RunDirError, SupersededError
-from sft_job.rundir import RunDir, append_line, read_records, write_atomically
+from sft_job.files import append_line, read_records, write_atomically
+from sft_job.rundir import RunDir
 
 # Record files that every attempt has one of, and the run directory one that is made from them.
 METRICS, STARTS = "metrics.jsonl", "attempts.jsonl"
@@ -95,6 +96,10 @@ class Attempt:
         write_atomically(
             self.run_dir.interrupted(self.number), json.dumps({"message": message}) + "\n"
         )
+
+    def cannot_load(self, step: int, reason: str) -> None:
+        """Leave the mark that a checkpoint fails to load: the next attempt passes it over."""
+        write_atomically(self.run_dir.unloadable_mark(self.number, step), f"{reason}\n")
 
 
 def metric_records(run_dir: RunDir) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def converse(partner: Partner) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer
     print("Empty line to leave, /new for a new conversation.")
     while True:
         try:

@@ -1,12 +1,12 @@
 """Checkpoints: published whole, verified before use, chosen newest first.
 
-    checkpoints/.step-00000200.tmp/     being written by all ranks
-    checkpoints/step-00000200/          renamed when every rank has written
+    checkpoints/.step-00000200.attempt-3.tmp/   being written by all ranks of attempt 3
+    checkpoints/step-00000200/                  renamed, never replaced, when it is complete
         __0_0.distcp ... | global_step200/...     model and optimizer, sharded by the engine
         rng_state*.pth, scheduler.pt, trainer_state.json
-        manifest.json                   last: size and SHA-256 of every file
+        manifest.json                   last: size and SHA-256 of every file, and its own
 
-A folder without manifest.json is not a checkpoint.
+A folder without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_job.errors import CheckpointError, DiskSpaceError
-from sft_job.rundir import RunDir, fsync_dir, read_json, write_atomically
+from sft_job.attempt import Attempt
+from sft_job.errors import CheckpointError, DiskSpaceError, SftJobError
+from sft_job.files import discard, read_json, settle
+from sft_job.files import publish as publish_folder
+from sft_job.rundir import RunDir
 from sft_job.world import World
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 INCOMPLETE = "no manifest, it was never completed"
 
-# A failed write on a disk with less room than this is taken for a full disk: torch's zip writer
-# says no more than "unexpected pos".
+# A failed write on a disk with less room, or fewer inodes, than this is taken for a full disk:
+# torch's zip writer says no more than "unexpected pos".
 FULL_BYTES = 2**20
+FULL_INODES = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Found:
 
 
 def publish(
-    run_dir: RunDir,
+    attempt: Attempt,
     step: int,
     write: Callable[[Path], None],
     world: World,
@@ -52,80 +57,107 @@ def publish(
     engine: str,
     data: str,
     needed_bytes: int | None,
-) -> Path:
+) -> bool:
     """Write a checkpoint with all ranks and make it visible when it is complete.
 
-    No rank returns before the manifest is there.
+    No rank returns before it is there. Another attempt may have published the same step
+    meanwhile; if that one verifies, it is as good.
 
     Args:
         write: writes this rank's part into the folder it is given.
         data: fingerprint of the data; the order of all steps depends on it.
         needed_bytes: refused beforehand when the disk has less.
 
+    Returns:
+        Whether it is the one that was written here.
+
     Raises:
         DiskSpaceError: the disk is full; earlier checkpoints are untouched.
+        SupersededError: a later attempt runs this job.
         CheckpointError: another failure to write.
     """
-    folder = run_dir.checkpoint(step)
-    beside = folder.with_name(f".{folder.name}.tmp")
-    if world.is_main:
-        shutil.rmtree(beside, ignore_errors=True)  # left by an attempt that died in here
-        if folder.exists():
-            _set_aside(folder)  # it did not verify, else this step would not run again
-        beside.mkdir(parents=True)
-    world.barrier()
-    free = min(world.gather(shutil.disk_usage(beside).free))
+    run_dir = attempt.run_dir
+    what = f"checkpoint of step {step}"
+    beside = run_dir.checkpoint(step).with_name(
+        f".{run_dir.checkpoint(step).name}.attempt-{attempt.number}.tmp"
+    )
+
+    def begin() -> int:
+        attempt.refuse_if_superseded()
+        try:
+            discard(beside)  # of this very attempt: an earlier save that failed
+            beside.mkdir(parents=True)
+            return shutil.disk_usage(beside).free
+        except OSError as error:
+            raise not_written(run_dir, what, error, None) from error
+
+    free = world.on_main(begin)
     if needed_bytes is not None and free < needed_bytes:
         if world.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-        raise disk_full(run_dir, f"checkpoint of step {step}", needed_bytes, free)
+            discard(beside)
+        raise disk_full(run_dir, what, needed_bytes, free)
     try:
-        write(beside)
-        world.barrier()
-        files = sorted(p for p in beside.rglob("*") if p.is_file())
-        mine = {
-            str(file.relative_to(beside)): _seal(file) for file in files[world.rank :: world.size]
-        }
+        sealed = _write_parts(beside, write, world)
     # torch wraps the errors of all ranks in a BaseException of its own (CheckpointException).
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        left = shutil.disk_usage(beside.parent).free  # another rank may have removed it already
-        shutil.rmtree(beside, ignore_errors=True)
-        if left < FULL_BYTES or _is_disk_full(error):
-            raise disk_full(run_dir, f"checkpoint of step {step}", needed_bytes, free) from error
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written: {_root(error)}",
-            where=str(run_dir.checkpoints),
-            remedy=_intact(run_dir),
-        ) from error
-    sealed: dict[str, Any] = {}
-    for part in world.gather(mine):
-        sealed |= part
-    if world.is_main:
-        for directory in [beside, *(p for p in beside.rglob("*") if p.is_dir())]:
-            fsync_dir(directory)
-        os.rename(beside, folder)
-        fsync_dir(folder.parent)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "engine": engine,
-            "data": data,
-            "world_size": world.size,
-            "files": dict(sorted(sealed.items())),
-        }
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        reason = not_written(run_dir, what, error, needed_bytes)
+        discard(beside)
+        raise reason from error
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "engine": engine,
+        "data": data,
+        "world_size": world.size,
+        "attempt": attempt.number,
+        "files": dict(sorted(sealed.items())),
+    }
+
+    def end() -> bool:
+        try:
+            return _make_visible(attempt, beside, manifest)
+        except OSError as error:
+            reason = not_written(run_dir, what, error, needed_bytes)
+            discard(beside)
+            raise reason from error
+
+    return world.on_main(end)
+
+
+def _write_parts(beside: Path, write: Callable[[Path], None], world: World) -> dict[str, Any]:
+    """Every rank writes its part and seals its share of all files; size and SHA-256 of each."""
+    write(beside)
     world.barrier()
-    return folder
+    files = sorted(path for path in beside.rglob("*") if path.is_file())
+    mine = files[world.rank :: world.size]
+    sealed: dict[str, Any] = {}
+    for part in world.gather({str(file.relative_to(beside)): _seal(file) for file in mine}):
+        sealed |= part
+    return sealed
+
+
+def _make_visible(attempt: Attempt, beside: Path, manifest: dict[str, Any]) -> bool:
+    """The manifest into the folder, and the folder to its place; see `publish`."""
+    folder = attempt.run_dir.checkpoint(manifest["step"])
+    text = json.dumps(manifest | {"seal": _manifest_seal(manifest)}, indent=1) + "\n"
+    (beside / MANIFEST).write_text(text)
+    settle(beside)
+    attempt.refuse_if_superseded()
+    while not publish_folder(beside, folder):
+        if fault(folder) is None:
+            discard(beside)
+            return False
+        _set_aside(folder)
+    return True
 
 
 def _set_aside(folder: Path) -> None:
     """Keep a damaged checkpoint under another name: deleting is not ours to decide."""
     number = 1
-    while (aside := folder.with_name(f"damaged-{number}-{folder.name}")).exists():
+    while not publish_folder(folder, folder.with_name(f"damaged-{number}-{folder.name}")):
         number += 1
-    folder.rename(aside)
 
 
 def _seal(file: Path) -> dict[str, Any]:
@@ -135,10 +167,58 @@ def _seal(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
-def disk_full(run_dir: RunDir, what: str, needed: int | None, free: int) -> DiskSpaceError:
-    amount = f"needs {needed / 2**30:.2f} GiB and " if needed else ""
+def _manifest_seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else that the manifest says."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def clear_left_over(attempt: Attempt) -> None:
+    """Delete what attempts before this one have left half written. One of them may still be
+    alive: it finds its folder gone and publishes nothing."""
+    for left in attempt.run_dir.checkpoints.glob(".*"):
+        match = re.fullmatch(r"\.step-\d+(?:\.attempt-(\d+))?\.tmp|\.discarded-.*", left.name)
+        if match and (match[1] is None or int(match[1]) < attempt.number):
+            discard(left)
+
+
+def not_written(
+    run_dir: RunDir, what: str, error: BaseException, needed: int | None
+) -> SftJobError:
+    """Why something could not be written, by what the disk says now."""
+    if isinstance(error, SftJobError):
+        return error
+    if _is_disk_full(error) or is_full(run_dir.path):
+        return disk_full(run_dir, what, needed, None)
+    return CheckpointError(
+        f"the {what} could not be written: {_root(error)}",
+        where=str(run_dir.path),
+        remedy=_intact(run_dir),
+    )
+
+
+def is_full(folder: Path) -> bool:
+    """Whether hardly anything can be written to its file system."""
+    disk = os.statvfs(folder)
+    no_inodes = disk.f_files > 0 and disk.f_favail < FULL_INODES
+    return disk.f_bavail * disk.f_frsize < FULL_BYTES or no_inodes
+
+
+def disk_full(run_dir: RunDir, what: str, needed: int | None, free: int | None) -> DiskSpaceError:
+    """
+    Args:
+        free: bytes found before anything was written; None after a write has failed.
+    """
+    amount = f" needs {needed / 2**30:.2f} GiB" if needed else ""
+    if free is not None:
+        found = f"{' and' if amount else ''} finds {free / 2**30:.2f} GiB free"
+    else:
+        disk = os.statvfs(run_dir.path)
+        inodes = disk.f_files > 0 and disk.f_favail < FULL_INODES
+        left = "no inode" if inodes else f"{disk.f_bavail * disk.f_frsize / 2**30:.2f} GiB"
+        found = f"{',' if amount else ''} could not be written: {left} left"
     return DiskSpaceError(
-        f"no room: the {what} {amount}finds {free / 2**30:.2f} GiB free",
+        f"no room: the {what}{amount}{found}",
         where=str(run_dir.path),
         remedy=f"free some space or choose another run.dir; {_intact(run_dir)}",
     )
@@ -148,7 +228,7 @@ def _intact(run_dir: RunDir) -> str:
     steps = [s for s in run_dir.checkpoint_steps() if (run_dir.checkpoint(s) / MANIFEST).is_file()]
     if not steps:
         return "no earlier checkpoint exists"
-    return f"the checkpoint of step {steps[0]} is untouched, running the job again resumes from it"
+    return f"running the job again resumes from the checkpoint of step {steps[0]}, if it verifies"
 
 
 def _root(error: BaseException) -> str:
@@ -187,9 +267,11 @@ def find(
     skipped: list[str] = []
     for step in world.gather(run_dir.checkpoint_steps())[0]:
         folder = run_dir.checkpoint(step)
-        fault = next(filter(None, world.gather(_fault(folder, world))), None)
-        if fault is not None:
-            skipped.append(f"checkpoint of step {step} passed over: {fault}")
+        why = run_dir.unloadable(step)
+        reading = why or fault(folder, world.rank, world.size)
+        first = next(filter(None, world.gather(reading)), None)
+        if first is not None:
+            skipped.append(f"checkpoint of step {step} passed over: {first}")
             continue
         manifest = read_json(folder / MANIFEST)
         if engine == "zero3" and manifest["world_size"] != world.size:
@@ -215,32 +297,78 @@ def find(
     return None, skipped
 
 
-def _fault(folder: Path, world: World) -> str | None:
-    """Why a folder is not a good checkpoint; this rank looks at its share of the files."""
-    if not (folder / MANIFEST).is_file():
+def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Why a folder is not a good checkpoint; each of several looks at its share of the files."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except FileNotFoundError:
         return INCOMPLETE
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        return f"format {manifest.get('format')}, this version reads {FORMAT}"
-    files = sorted(manifest["files"].items())
-    for name, sealed in files[world.rank :: world.size]:
+    except (OSError, ValueError, RecursionError) as error:
+        return f"its manifest cannot be read ({_root(error)})"
+    if reason := _manifest_fault(folder, manifest):
+        return reason
+    for name, sealed in sorted(manifest["files"].items())[part::parts]:
         file = folder / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size
+            if size != sealed["bytes"]:
+                return f"{name} has {size} bytes, the manifest says {sealed['bytes']}"
+            with open(file, "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file.stat().st_size != sealed["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {sealed['bytes']}"
-        with open(file, "rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != sealed["sha256"]:
-                return f"{name} was changed after it was written (SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if digest != sealed["sha256"]:
+            return f"{name} was changed after it was written (SHA-256 differs)"
     return None
 
 
-def drop_old(run_dir: RunDir, keep: int | None, newest: int) -> None:
+def _manifest_fault(folder: Path, manifest: Any) -> str | None:
+    """Why what a manifest says cannot be relied on: it may be cut off, edited, or another's."""
+    if not isinstance(manifest, dict):
+        return "its manifest is damaged"
+    if manifest.get("format") != FORMAT:
+        return f"format {manifest.get('format')}, this version reads {FORMAT}"
+    kinds = {"step": int, "engine": str, "data": str, "world_size": int, "files": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            return f"its manifest is damaged ({key} is {manifest.get(key)!r:.40})"
+    if "seal" in manifest and manifest["seal"] != _manifest_seal(manifest):
+        return "its manifest was changed after it was written"
+    if folder.name != f"step-{manifest['step']:08d}":
+        return f"its manifest is of step {manifest['step']}"
+    files = manifest["files"]
+    for name, sealed in files.items():
+        whole = isinstance(sealed, dict) and {"bytes", "sha256"} <= sealed.keys()
+        inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if not whole or not inside:
+            return f"its manifest is damaged ({name!r:.40})"
+    missing = required_files(manifest["engine"], manifest["world_size"]) - files.keys()
+    if missing:
+        return f"its manifest lacks {sorted(missing)[0]}"
+    if manifest["engine"] == "fsdp" and not any(name.endswith(".distcp") for name in files):
+        return "its manifest lacks the weights"
+    return None
+
+
+def required_files(engine: str, world_size: int) -> set[str]:
+    """What every checkpoint has, whatever the model: a manifest without it is not one."""
+    ranks = range(world_size)
+    found = {"scheduler.pt", "trainer_state.json"}
+    found |= {"rng_state.pth"} if world_size == 1 else {f"rng_state_{r}.pth" for r in ranks}
+    if engine == "fsdp":
+        found.add(".metadata")
+    return found
+
+
+def drop_old(attempt: Attempt, keep: int | None, newest: int) -> None:
     """Delete all but the newest `keep` complete checkpoints up to step `newest`, just written.
 
     Later ones were passed over as damaged when this attempt began: they count for nothing.
     """
-    if keep is None:
+    run_dir = attempt.run_dir
+    if keep is None or attempt.superseded_by() is not None:
         return
     complete = [
         step
@@ -248,6 +376,4 @@ def drop_old(run_dir: RunDir, keep: int | None, newest: int) -> None:
         if step <= newest and (run_dir.checkpoint(step) / MANIFEST).is_file()
     ]
     for step in complete[keep:]:
-        # The manifest goes first: a deletion cut short leaves no folder that looks complete.
-        (run_dir.checkpoint(step) / MANIFEST).unlink()
-        shutil.rmtree(run_dir.checkpoint(step))
+        discard(run_dir.checkpoint(step))

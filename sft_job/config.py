@@ -125,13 +125,16 @@ def _yaml_fault(name: str, error: yaml.YAMLError) -> str:
     return f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}"
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, without_files: bool = False
+) -> JobConfig:
     """Read, merge and check a job file.
 
     Args:
         path: the YAML file; relative paths in it are taken from its folder.
         overrides: `section.key=value`, parsed as YAML; relative paths are taken from the
             working directory.
+        without_files: data and model need not be there.
 
     Raises:
         ConfigError: with every fault at once, each with file, line and key.
@@ -179,7 +182,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         at = source.place(key)
         return f"{at}: {key}" if key else at
 
-    faults += [f"{place(key)}: {why}" for key, why in _missing_files(values)]
+    if not without_files:
+        faults += [f"{place(key)}: {why}" for key, why in _missing_files(values)]
     try:
         config = JobConfig.model_validate(values)
     except ValidationError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from sft_job.conversations import (
 )
 from sft_job.errors import DataError
 from sft_job.plan import lost_lines
-from sft_job.prepared import Prepared, find_prepared, prepared_key, read_prepared
-from sft_job.rundir import CacheDir, write_atomically
+from sft_job.prepared import Prepared, find_prepared, write_stamp
+from sft_job.rundir import CacheDir
 from sft_job.schema import JobConfig
 
 
@@ -39,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "validate":
         validate(config)
     elif args.command == "encode":
+        cli.stop_at_once()
+        cli.output_is_not_essential()
         encode_job(config)
     else:
         show(config, args.which)
@@ -88,9 +89,7 @@ def encode_job(config: JobConfig) -> Prepared:
         tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
         check_converted(folder, conversations)
         data_folder = dataset.build(config, tokenizer)
-        stamp = {"model_folder": str(folder), "data_folder": str(data_folder)}
-        write_atomically(cache.prepared(prepared_key(config)), json.dumps(stamp, indent=2) + "\n")
-        ready = read_prepared(stamp)
+        ready = write_stamp(config, folder, data_folder, [])
     stats = ready.stats
     tokens = f", {sum(stats.lengths):,} tokens" if stats.lengths is not None else ""
     print(f"{stats.conversations:,} conversations -> {stats.samples:,} samples{tokens}")

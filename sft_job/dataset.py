@@ -32,9 +32,10 @@ from sft_job.batching import Schedule, deal, idle_share
 from sft_job.conversations import Exchange, Trainable, read_trainable
 from sft_job.encode import Encoder, Sample, TokenizerSpec, check_tokenizer, spec_of
 from sft_job.errors import DataError
+from sft_job.files import is_intact, publish_dir
 from sft_job.hardware import cores
 from sft_job.prepared import PREPARED_VERSION
-from sft_job.rundir import CacheDir, publish_dir
+from sft_job.rundir import CacheDir
 from sft_job.schema import JobConfig
 from sft_job.templates import TEMPLATES
 
@@ -78,7 +79,7 @@ def build(config: JobConfig, tokenizer: Any) -> Path:
     folder = CacheDir(config.cache_dir).tokens(identity)
     if lazy:
         folder = folder.with_name(folder.name + "-text")
-    if (folder / "meta.json").is_file():
+    if is_intact(folder):
         return folder
     conversations, lost, count = read_trainable(config.data.files())
     stride = max(1, len(conversations) // CHECKED)

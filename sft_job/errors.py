@@ -9,6 +9,7 @@
     │   ├── ModelError              weights, tokenizer, architecture
     │   ├── HardwareError           processors, precision, kernels
     │   ├── RunDirError             the run directory belongs to something else
+    │   ├── FileError               a file or folder that the system does not let us use
     │   └── SlurmError              the cluster does not take the job
     ├── CheckpointError         1   saving or resuming
     │   └── DiskSpaceError      1   no room for what must be written
@@ -40,6 +41,8 @@ class SftJobError(Exception):
     """
 
     exit_code = 1
+    of_another_rank = False
+    """Another process has failed with it, and says so; this one ends for want of its result."""
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         super().__init__(what, where, remedy)
@@ -111,6 +114,10 @@ class HardwareError(UserError):
 
 
 class RunDirError(UserError):
+    pass
+
+
+class FileError(UserError):
     pass
 
 

@@ -11,28 +11,33 @@ Parameters come one at a time from all ranks (`full_parameters`); the main rank 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from sft_job import checkpoint, result
+from sft_job.attempt import Attempt
 from sft_job.conversations import Exchange
 from sft_job.encode import Encoder
 from sft_job.errors import ExportError
-from sft_job.rundir import fsync_dir
+from sft_job.files import discard, settle
+from sft_job.rundir import RunDir
 from sft_job.world import World
 
 SHARD_BYTES = 5 * 2**30
 
 
 def write(
-    folder: Path,
+    attempt: Attempt,
     model: PreTrainedModel,
     parameters: Iterable[tuple[str, torch.Tensor]],
     tokenizer: Any,
@@ -42,48 +47,79 @@ def write(
     source: Path,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    needed_bytes: int | None = None,
     pause: Callable[[], None] = lambda: None,
-) -> None:
+) -> Any:
     """Write and verify the model; visible under its name only when it is good.
 
     Args:
         parameters: every parameter whole, in the same order on all ranks.
         source: the folder that the job's model came from; its generation settings are kept.
+        needed_bytes: what the model takes, for messages.
         pause: called by all ranks together between files; may raise, to stop.
+
+    Returns:
+        The seal of the model, which an attempt that ended too early may have written before.
 
     Raises:
         ExportError: what was written does not load as what was trained.
+        DiskSpaceError: the disk is full.
+        SupersededError: a later attempt runs this job.
     """
-    beside = folder.with_name(f".{folder.name}.tmp")
-    if world.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    digests: dict[str, str] = {}
+    run_dir = attempt.run_dir
+    before = world.on_main(lambda: result.written_before(run_dir))
+    if before is not None:
+        return before
+    beside = run_dir.model.with_name(f".{run_dir.model.name}.attempt-{attempt.number}.tmp")
     writer = _ShardWriter(beside) if world.is_main else None
+    digests: dict[str, str] = {}
     since = 0
-    for name, value in parameters:
-        since += value.numel() * dtype.itemsize  # counted alike by all ranks
-        if since > SHARD_BYTES:
-            pause()
-            since = 0
+    with _room(run_dir, needed_bytes):
         if writer is not None:
-            # A copy: DeepSpeed hands out a buffer that it fills again for the next parameter.
-            tensor = value.to("cpu", dtype, copy=True).contiguous()
-            digests[name] = _digest(tensor)
-            writer.add(name, tensor)
+            _clear_left_over(attempt)
+            beside.mkdir(parents=True)
+        for name, value in parameters:
+            since += value.numel() * dtype.itemsize  # counted alike by all ranks
+            if since > SHARD_BYTES:
+                pause()
+                since = 0
+            if writer is not None:
+                # A copy: DeepSpeed hands out a buffer that it fills again for the next parameter.
+                tensor = value.to("cpu", dtype, copy=True).contiguous()
+                digests[name] = _digest(tensor)
+                writer.add(name, tensor)
     pause()
-    if writer is not None:
-        writer.close()
-        _write_settings(beside, source, model, tokenizer, encoder, dtype)
-        if trust_remote_code:  # config.json names the model's own code
-            for file in source.glob("*.py"):
-                shutil.copyfile(file, beside / file.name)
-        _verify(beside, digests, tokenizer, encoder, trust_remote_code)
-        if folder.exists():  # an export that was stopped before the run was marked done
-            shutil.rmtree(folder)
-        beside.rename(folder)
-        fsync_dir(folder.parent)
-    world.barrier()
+
+    def finish() -> Any:
+        assert writer is not None
+        with _room(run_dir, needed_bytes):
+            writer.close()
+            _write_settings(beside, source, model, tokenizer, encoder, dtype)
+            if trust_remote_code:  # config.json names the model's own code
+                for file in source.glob("*.py"):
+                    shutil.copyfile(file, beside / file.name)
+            _verify(beside, digests, tokenizer, encoder, trust_remote_code)
+            settle(beside)
+            return result.publish_model(attempt, beside)
+
+    return world.on_main(finish)
+
+
+@contextlib.contextmanager
+def _room(run_dir: RunDir, needed: int | None) -> Iterator[None]:
+    """Say so where the disk is full: libraries wrap what the system says into errors of theirs."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise checkpoint.not_written(run_dir, "model", error, needed) from error
+
+
+def _clear_left_over(attempt: Attempt) -> None:
+    """Delete what this attempt and those before it have left half written."""
+    for left in attempt.run_dir.path.glob(".model.*"):
+        number = left.name.removeprefix(".model.attempt-").removesuffix(".tmp")
+        if left.name == ".model.tmp" or (number.isdigit() and int(number) <= attempt.number):
+            discard(left)
 
 
 class _ShardWriter:

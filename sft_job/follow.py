@@ -16,7 +16,8 @@ from typing import Any
 
 from sft_job import slurm
 from sft_job.errors import EXIT_INTERRUPTED, RunDirError, SlurmError
-from sft_job.rundir import RunDir, read_json, read_records
+from sft_job.files import read_json, read_records
+from sft_job.rundir import RunDir
 
 COMMANDS = ("status", "logs", "cancel")
 ALIVE = {

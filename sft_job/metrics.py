@@ -18,19 +18,22 @@ Figures are of the steps since the record before, over all ranks unless said oth
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_job.attempt import METRICS
+from sft_job.cli import BestEffort
 from sft_job.flops import Work
 
 
@@ -130,14 +133,30 @@ class Reporter:
         """
         self._console = RichConsole(file=terminal, highlight=False, soft_wrap=True)
         self._log = log
-        self.append = append
+        self._append = append
+        self._unwritten: list[tuple[str, Mapping[str, Any]]] = []
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
         if self._log is not None:
-            with open(self._log, "a", encoding="utf-8") as file:
+            # A log on a full disk is no reason to end a training.
+            with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a record; while the disk is full it is kept, and written with a later one."""
+        first = not self._unwritten
+        self._unwritten.append((name, record))
+        try:
+            while self._unwritten:
+                self._append(*self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            if first:
+                self.say(
+                    f"note: records cannot be written ({error.strerror}); kept and tried again"
+                )
 
     def start(self, done: int, steps: int) -> None:
         if self._console.is_terminal:
@@ -172,15 +191,20 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._unwritten:
+            self.say(f"note: {len(self._unwritten)} records were never written: the disk is full")
+            self._unwritten.clear()
 
 
 class Silence(Reporter):
     """The reporter of the other ranks: what they would say is said by the main one."""
 
     def __init__(self) -> None:
-        self.append = lambda name, record: None
+        pass
 
     def say(self, text: str) -> None: ...
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None: ...
 
     def start(self, done: int, steps: int) -> None: ...
 
@@ -197,9 +221,7 @@ def _minutes(seconds: float) -> str:
 
 def take_terminal() -> IO[str]:
     """Keep standard output for ourselves; what libraries print goes to the log (stderr)."""
-    import os
-
     sys.stdout.flush()
     terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
-    return terminal
+    return cast("IO[str]", BestEffort(terminal))

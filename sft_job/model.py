@@ -39,10 +39,11 @@ from sft_job import loss, varlen
 from sft_job import schema as job
 from sft_job.attention import KERNELS
 from sft_job.errors import ModelError
+from sft_job.files import is_intact, publish_dir, read_json
 from sft_job.loss import LossHead
 from sft_job.plan import Plan
 from sft_job.prepared import BUNDLED, PREPARED_VERSION, weight_files
-from sft_job.rundir import CacheDir, publish_dir, read_json
+from sft_job.rundir import CacheDir
 from sft_job.tokenizer import convert_sentencepiece, load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,7 +76,7 @@ def prepare_folder(model: job.Model, cache: CacheDir, *, online: bool) -> Path:
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps([PREPARED_VERSION, str(folder), stamps]).encode())
     target = cache.model(f"{folder.name}-{key.hexdigest()[:16]}")
-    if target.is_dir():
+    if is_intact(target):
         return target
     with publish_dir(target) as beside:
         if weights:
@@ -99,7 +100,7 @@ def _bundled(name: str, cache: CacheDir) -> Path:
         raise ModelError(f"unknown bundled model {name!r}", remedy=f"known: {', '.join(BUNDLED)}")
     requirement, package, file = BUNDLED[name]
     target = cache.model(f"{name.removeprefix('bundled:')}-{requirement.rpartition('=')[2]}")
-    if target.is_dir():
+    if is_intact(target):
         return target
     spec = importlib.util.find_spec(package)
     folder = (

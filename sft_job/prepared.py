@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_job import seal
 from sft_job.errors import ModelError
-from sft_job.rundir import CacheDir, read_json
+from sft_job.files import read_json, write_atomically
+from sft_job.rundir import CacheDir
 from sft_job.schema import JobConfig
 
 # Raised whenever encoding or conversion changes what it writes: older caches are made anew.
@@ -142,11 +144,27 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `sft-job data encode` has made ready for a job: paths and statistics."""
+    """What `sft-job data encode` has made ready for a job.
+
+    Args:
+        notes: what was found on the way and is worth knowing.
+        model_seal: of a model folder that is not ours; None for one in the cache, which carries
+            its own.
+    """
 
     model_folder: str
     data_folder: str
     stats: DataStats
+    notes: tuple[str, ...] = ()
+    model_seal: seal.Seal | None = None
+
+    def fault(self, part: int = 0, parts: int = 1) -> tuple[str, str] | None:
+        """The first folder, and why it is not as it was made ready; see `seal.fault`."""
+        for folder, sealed in ((self.data_folder, None), (self.model_folder, self.model_seal)):
+            reason = seal.fault(Path(folder), sealed, part=part, parts=parts)
+            if reason is not None:
+                return folder, reason
+        return None
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -279,18 +297,50 @@ def prepared_key(config: JobConfig) -> str:
 
 def find_prepared(config: JobConfig) -> Prepared | None:
     """What an earlier `data encode` (or run) left for this very job, or None."""
-    file = CacheDir(config.cache_dir).prepared(prepared_key(config))
-    if not file.is_file():
+    try:
+        return _read_stamp(CacheDir(config.cache_dir).prepared(prepared_key(config)))
+    # Whatever a cut off or damaged file may lack: it is made anew.
+    except (OSError, ValueError, LookupError, TypeError, EOFError):
         return None
+
+
+def write_stamp(
+    config: JobConfig, model_folder: Path, data_folder: Path, notes: Sequence[str]
+) -> Prepared:
+    """Remember what was made ready for a job."""
+    own = (model_folder / seal.SEAL).is_file()
+    files = [] if own else [p.name for p in model_folder.iterdir() if p.is_file()]
+    stamp = {
+        "model_folder": str(model_folder),
+        "data_folder": str(data_folder),
+        "notes": list(notes),
+        "model_seal": None if own else seal.make(model_folder, files),
+    }
+    file = CacheDir(config.cache_dir).prepared(prepared_key(config))
+    write_atomically(file, json.dumps(stamp, indent=1) + "\n")
+    return _read_stamp(file)
+
+
+def _read_stamp(file: Path) -> Prepared:
     stamp = read_json(file)
-    ready = (Path(stamp["data_folder"]) / "meta.json").is_file()
-    return read_prepared(stamp) if ready and Path(stamp["model_folder"]).is_dir() else None
+    model_folder, data_folder = Path(stamp["model_folder"]), Path(stamp["data_folder"])
+    if not (model_folder / "config.json").is_file():
+        raise FileNotFoundError(model_folder)
+    # A plan is made from these; the rest is looked at by all ranks together.
+    if reason := seal.fault(data_folder, names={"meta.json", "lengths.bin"}):
+        raise ValueError(reason)
+    return Prepared(
+        str(model_folder),
+        str(data_folder),
+        read_stats(data_folder),
+        tuple(map(str, stamp["notes"])),
+        stamp["model_seal"],
+    )
 
 
-def read_prepared(stamp: Mapping[str, str]) -> Prepared:
-    """Read what a stamp of the cache (folders of model and data) points to."""
-    stats = read_stats(Path(stamp["data_folder"]))
-    return Prepared(stamp["model_folder"], stamp["data_folder"], stats)
+def forget(config: JobConfig) -> None:
+    """Have everything looked at, and what is damaged made anew, by the next `data encode`."""
+    CacheDir(config.cache_dir).prepared(prepared_key(config)).unlink(missing_ok=True)
 
 
 def read_stats(folder: Path) -> DataStats:

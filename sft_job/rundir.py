@@ -4,11 +4,13 @@ RUN_DIR/
   config.yaml            the job file as given
   job.json               the checked configuration, overrides applied, paths absolute
   plan.json              the resolved plan
+  identity.json          what data and base model are, by content
   attempts/N/            made by attempt N, which has its number by that; nobody else writes here
       owner.json         who it is: host, process, Slurm job
       metrics.jsonl      one line per step that it logged
       attempts.jsonl     when it began, where it resumed, and how long its start took, by part
       interrupted        it was stopped on request, and says why
+      unloadable-00000200  it could not load that checkpoint, and says why
       model.json         size and SHA-256 of each file of the model that it wrote
   logs/attempt-N/        one log per rank, rank-R.error when a rank failed; from the job script
                          rank-R.ready, first-error, error (the cause) and Slurm's messages
@@ -38,22 +40,22 @@ import fcntl
 import json
 import os
 import re
-import shutil
-import tempfile
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from pydantic import ValidationError
 
 from sft_job.errors import RunDirError
+from sft_job.files import create, read_json
 from sft_job.schema import JobConfig
 
-# Left open, it is what the hub cache has; who submits a job writes the commit down.
-OPEN = "model.revision"
 _STEP = re.compile(r"step-(\d{8,})")
+# What a start may leave that was ended before the directory was this job's.
+_OURS = re.compile(r"\.lock|\.submit|\.(job\.json|config\.yaml)\..*|\.nfs.*")
 
 
 class RunDir:
@@ -64,6 +66,7 @@ class RunDir:
         self.config_file = self.path / "config.yaml"
         self.job_file = self.path / "job.json"
         self.plan_file = self.path / "plan.json"
+        self.identity = self.path / "identity.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.attempts_file = self.path / "attempts.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -89,11 +92,27 @@ class RunDir:
     def written_model(self, attempt: int) -> Path:
         return self.attempt(attempt) / "model.json"
 
+    def unloadable_mark(self, attempt: int, step: int) -> Path:
+        return self.attempt(attempt) / f"unloadable-{step:08d}"
+
+    def unloadable(self, step: int) -> str | None:
+        """Why an attempt could not load a checkpoint, though it verifies; None when none failed."""
+        for attempt in self.attempts():
+            with suppress(OSError):
+                mark = self.unloadable_mark(attempt, step)
+                reason = mark.read_text(errors="replace").strip()
+                return f"attempt {attempt} could not load it: {reason} (without {mark} it is tried)"
+        return None
+
     def logs(self, attempt: int) -> Path:
         return self.path / "logs" / f"attempt-{attempt}"
 
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs(attempt) / f"rank-{rank}.log"
+
+    def rendezvous(self, attempt: int) -> Path:
+        """Where rank 0 writes its port, with the job script."""
+        return self.logs(attempt) / "rendezvous"
 
     def error(self, attempt: int, rank: int) -> Path:
         return self.logs(attempt) / f"rank-{rank}.error"
@@ -151,36 +170,124 @@ class RunDir:
         return str(message or "interrupted")
 
     @contextmanager
-    def alone(self, name: str, doing: str, *, patience_s: float = 0) -> Iterator[None]:
-        """Hold a lock of this directory: two processes on it would mix what they write.
+    def exclusive_lock(
+        self,
+        name: str,
+        doing: str,
+        *,
+        patience_s: float = 0,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Iterator[None]:
+        """Hold a lock of this directory, which is made if need be. It spares a second process
+        its work; what it may write is decided by its attempt's number alone (`attempt.py`).
 
         Args:
             name: of the lock file.
-            doing: what another holder does, as in "another process is ...".
+            doing: what the holder does, as in "another process is ...".
             patience_s: a lock that a lost machine held lives on until its server notices.
+            given_up: asked while waiting.
 
         Raises:
-            RunDirError: somebody else holds it.
+            RunDirError: somebody else holds it, or nothing can be written here.
         """
+        file, made = self.path / name, self._make()
         deadline = time.monotonic() + patience_s
-        with open(self.path / name, "w") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() >= deadline:
-                        raise RunDirError(
-                            f"another process is {doing}",
-                            where=str(self.path),
-                            remedy="wait for it, or give this job a run.dir of its own",
-                        ) from error
-                    time.sleep(0.5)
-                except OSError as error:  # Lustre can be without locks
-                    if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                        raise
-                    break
-            yield
+        try:
+            while (lock := self._lock(file)) is None:
+                if time.monotonic() >= deadline or given_up():
+                    raise RunDirError(
+                        f"another process is {_holder(file, doing)}",
+                        where=str(self.path),
+                        remedy="wait for it, or give this job a run.dir of its own",
+                    )
+                time.sleep(0.2)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with lock:
+            with suppress(OSError):  # for others to read; the disk may be full
+                lock.truncate(0)
+                owner = {"host": socket.gethostname(), "pid": os.getpid(), "doing": doing}
+                lock.write(json.dumps(owner))
+                lock.flush()
+            try:
+                yield
+            finally:
+                if not self.job_file.exists():  # nothing was claimed: leave no trace
+                    with suppress(OSError):
+                        file.unlink()
+                        for folder in made:
+                            folder.rmdir()
+
+    def _make(self) -> list[Path]:
+        """Make the directory; returns what was made, the innermost first."""
+        made = [p for p in (self.path, *self.path.parents) if not os.path.lexists(p)]
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirError(
+                "run.dir is a file", where=str(self.path), remedy="choose another run.dir"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return made
+
+    def _unwritable(self, error: OSError) -> RunDirError:
+        place = error.filename or str(self.path)
+        if isinstance(error, FileExistsError) and self.path.is_symlink():
+            return RunDirError(
+                f"a link to {os.readlink(self.path)}, which is not there",
+                where=str(self.path),
+                remedy="make that folder, or choose another run.dir",
+            )
+        return RunDirError(
+            f"cannot be written: {error.strerror}",
+            where=str(place),
+            remedy="choose a run.dir that this user may write to",
+        )
+
+    @staticmethod
+    def _lock(file: Path) -> IO[str] | None:
+        """The open file, locked; None while somebody else has it."""
+        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        except OSError as error:  # Lustre can be without locks
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                lock.close()
+                raise
+        try:
+            same = os.path.samestat(os.fstat(lock.fileno()), os.stat(file))
+        except FileNotFoundError:
+            same = False
+        if not same:  # its last holder has taken it away
+            lock.close()
+            return None
+        return lock
+
+    def refuse_foreign(self, config: JobConfig) -> None:
+        """
+        Raises:
+            RunDirError: the directory holds something else than a run of this job.
+        """
+        if self.job_file.exists():
+            self._refuse_another_job(config)
+            return
+        try:
+            names = os.listdir(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._unwritable(error) from error
+        foreign = sorted(name for name in names if not _OURS.fullmatch(name))
+        if foreign and not self.job_file.exists():  # another may have claimed it meanwhile
+            raise RunDirError(
+                f"the folder is not empty and holds no job (there is {foreign[0]!r})",
+                where=str(self.path),
+                remedy="choose another run.dir, or empty the folder yourself",
+            )
 
     def claim(self, config: JobConfig, text: str) -> None:
         """Make the directory this job's, or find that it already is.
@@ -191,28 +298,15 @@ class RunDir:
         Raises:
             RunDirError: it is not a directory, not writable, or holds something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunDirError("run.dir is a file", where=str(self.path))
-        if self.job_file.exists():
-            self._refuse_another_job(config)
-            return
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise RunDirError(
-                "the folder is not empty and holds no job",
-                where=str(self.path),
-                remedy="choose another run.dir, or empty the folder yourself",
-            )
+        self._make()
+        self.refuse_foreign(config)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             # job.json first: it is what makes the folder this job's.
-            write_atomically(self.job_file, config.model_dump_json(indent=2) + "\n")
-            write_atomically(self.config_file, text)
+            if not create(self.job_file, config.model_dump_json(indent=2) + "\n"):
+                self._refuse_another_job(config)
+            create(self.config_file, text)
         except OSError as error:
-            raise RunDirError(
-                f"cannot be written: {error.strerror}",
-                where=str(self.path),
-                remedy="choose a run.dir that this user may write to",
-            ) from error
+            raise self._unwritable(error) from error
 
     def _refuse_another_job(self, config: JobConfig) -> None:
         try:
@@ -228,7 +322,6 @@ class RunDir:
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
-            and (key != OPEN or None not in (before[key], now[key]))
         ]
         if changed:
             raise RunDirError(
@@ -254,89 +347,17 @@ class CacheDir:
         return self.path / "prepared" / f"{key[:32]}.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def _holder(lock: Path, doing: str) -> str:
+    """What the holder of a lock does, who it is, and whether it can go on."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    fsync_dir(path.parent)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line; a half one that a killed process left is closed first."""
-    with open(path, "ab+") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-            file.write(b"\n")
-        file.write(line.encode() + b"\n")
-
-
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """All whole records of a JSON-lines file. A process that was killed, or a disk that was full,
-    may have left anything in between."""
-    records = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # not JSON, not UTF-8
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def _umask() -> int:
-    """Read, not set and set back: another thread could write a file in between."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    raise OSError("no Umask in /proc/self/status")
-
-
-def fsync_dir(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def publish_dir(path: Path) -> Iterator[Path]:
-    """A folder that appears complete or not at all.
-
-    Two processes may build the same folder at once: the first to finish publishes, the other's
-    work is dropped. The caller's content must therefore depend on nothing but the name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield beside
-        os.chmod(beside, 0o777 & ~_umask())
-        for file in beside.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        fsync_dir(beside)
-        try:
-            os.rename(beside, path)
-        except OSError:
-            if not path.is_dir():
-                raise
-            shutil.rmtree(beside)
-        fsync_dir(path.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+        owner = read_json(lock)
+        host, pid, doing = owner["host"], int(owner["pid"]), str(owner["doing"])
+    except (OSError, ValueError, LookupError, TypeError):  # just being written
+        return doing
+    said = f"{doing}: process {pid} on {host}"
+    if host == socket.gethostname():
+        with suppress(OSError, IndexError):
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+            if stat.rpartition(")")[2].split()[0] == "T":
+                said += f", which is stopped (kill -CONT {pid} lets it go on)"
+    return said

@@ -159,6 +159,8 @@ class Run(Section):
     """The run directory: configuration, logs, checkpoints, exported model."""
     processes: Whole | None = Field(None, ge=1)
     """Training processes on this machine; null means one per GPU, or one on a CPU."""
+    start_timeout_s: Number = Field(300, gt=0)
+    """How long the processes may take to find each other; then the missing ones are named."""
     online: bool = False
     """May fetch from the model hub. Compute nodes usually cannot."""
 
@@ -253,14 +255,18 @@ class JobConfig(Section):
         """The values that decide which numbers come out, by dotted key.
 
         A run directory is resumed only by a job with the same identity. Left out: how much
-        is done at a time, how often something is written, how many processes share the work.
+        is done at a time, how often something is written, how many processes share the work,
+        and where data and model are: those are known by their content (`identity.py`).
         """
         given = self.model_dump(mode="json")
         for section in ("checkpoint", "logging", "run", "container", "slurm"):
             del given[section]
         for key in ("micro_batch_tokens", "activation_checkpointing"):
             del given["train"][key]
-        del given["data"]["cache_dir"]
+        for key in ("cache_dir", "train"):
+            del given["data"][key]
+        for key in ("path", "revision"):
+            del given["model"][key]
         given["engine"] = {"type": self.engine.type}
         return dict(_flatten(given))
 

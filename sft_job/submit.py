@@ -38,6 +38,7 @@ from sft_job.errors import (
     SubmitError,
     WorkerError,
 )
+from sft_job.files import append_line, write_atomically
 from sft_job.plan import Plan, gib, plan_for
 from sft_job.prepared import (
     BUNDLED,
@@ -47,7 +48,7 @@ from sft_job.prepared import (
     model_facts,
     weight_files,
 )
-from sft_job.rundir import RunDir, append_line, write_atomically
+from sft_job.rundir import RunDir
 from sft_job.schema import Apptainer, JobConfig
 
 # Of an image, and what it must say.
@@ -98,7 +99,7 @@ def submit(args: argparse.Namespace) -> int:
         print(f"\n--- {run_dir.script}\n{text}")
         return 0
     run_dir.claim(config, args.job.read_text(encoding="utf-8"))
-    with run_dir.alone(".submit", "submitting this job"):
+    with run_dir.exclusive_lock(".submit", "submitting this job"):
         _refuse_second(config, run_dir, args.after)  # another may have come first meanwhile
         # What runs is job.json: overrides applied, paths absolute, the model's commit fixed.
         write_atomically(run_dir.job_file, config.model_dump_json(indent=2) + "\n")

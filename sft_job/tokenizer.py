@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from sft_job.conversations import Trainable
 from sft_job.errors import ModelError
-from sft_job.rundir import read_json
+from sft_job.files import read_json
 
 # Beside a tokenizer that was converted from sentencepiece: check it on every new data set.
 CONVERTED = "converted_from_sentencepiece.json"

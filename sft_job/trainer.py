@@ -8,6 +8,7 @@ known. `tests/test_contract.py` probes what is relied on of its private behaviou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -30,15 +31,20 @@ from transformers import (
 )
 
 from sft_job import checkpoint, fsdp, loss, selftest, zero3
+from sft_job.attempt import Attempt
 from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
 from sft_job.dataset import StepBatch, Steps
 from sft_job.errors import ConfigError, TrainingError
+from sft_job.files import write_atomically
 from sft_job.metrics import Meter, Reporter, peak_memory_gib
 from sft_job.plan import Plan, lost_lines
-from sft_job.rundir import RunDir, write_atomically
+from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig, Zero3
 from sft_job.world import World
+
+# So many steps without any gradient are no accident.
+STILL_STEPS = 5
 
 # TrainingArguments that follow from the job file; train.extra may not set them.
 OWNED = {
@@ -126,7 +132,7 @@ class SftTrainer(Trainer):
         plan: Plan,
         steps: Steps,
         world: World,
-        run_dir: RunDir,
+        attempt: Attempt,
         stop: StopRequest,
         reporter: Reporter,
         meter: Meter,
@@ -138,13 +144,17 @@ class SftTrainer(Trainer):
             started: called with the name of each part of the start when it has ended.
         """
         self.config, self.plan, self.steps, self.world = config, plan, steps, world
-        self.run_dir, self.stop, self.reporter = run_dir, stop, reporter
+        self.attempt, self.run_dir = attempt, attempt.run_dir
+        self.stop, self.reporter = stop, reporter
         self.prepared_model = prepared_model
         self.meter, self.started = meter, started
         self.peak_gib = 0.0
         self.last_saved: int | None = None
+        self.loading = False
+        """While something is read from a checkpoint: what fails then is its fault."""
         self._samples: list[int] = []
         self._said_lost = 0
+        self._still = 0
         super().__init__(
             model=model,
             args=args,
@@ -280,7 +290,28 @@ class SftTrainer(Trainer):
         value = float(norm)
         if not self._scales_loss:  # else the step is left out and the scale halved
             self._refuse_non_finite("gradient norm", value)
+        self._refuse_stillness(value)
         return value
+
+    def _refuse_stillness(self, norm: float) -> None:
+        """A gradient of exactly 0 trains nothing, and the next one is no different.
+
+        Raises:
+            TrainingError: after STILL_STEPS of them in a row.
+        """
+        self._still = self._still + 1 if norm == 0 else 0
+        if self._still == 1:
+            self.reporter.say(
+                f"note: the gradient of step {self.state.global_step + 1} is exactly 0: "
+                "nothing is learnt from it"
+            )
+        if self._still >= STILL_STEPS:
+            raise self._failure(
+                f"the gradient was exactly 0 in {STILL_STEPS} steps in a row, the last of them "
+                f"{self.state.global_step + 1}: nothing is learnt. Activations or weights are too "
+                f"large or too small for {self.plan.precision.value}, or every answer is known by "
+                "heart"
+            )
 
     def refuse_lasting_overflow(self) -> None:
         """Called after every step in fp16: one that overflowed has halved the scale.
@@ -303,7 +334,12 @@ class SftTrainer(Trainer):
 
     def _failure(self, what: str) -> TrainingError:
         names = self.steps.cache.sources(self._samples)
-        saved = f"the checkpoint of step {self.last_saved} is" if self.last_saved else "none is"
+        saved = "no checkpoint has been saved yet"
+        if self.last_saved:
+            saved = (
+                f"the last checkpoint, of step {self.last_saved}, is whole, but was not looked at "
+                "for what went wrong here"
+            )
         unfit = (
             "the model may not fit fp16, as happens to models trained in bf16: use GPUs that have "
             "bf16, or train.precision=fp32; else "
@@ -312,7 +348,7 @@ class SftTrainer(Trainer):
             f"{what}. Its conversations:\n  " + "\n  ".join(names[:20]),
             where=str(self.run_dir.path),
             remedy=(unfit if self._scales_loss else "")
-            + f"look at these conversations, or lower train.learning_rate; {saved} good",
+            + f"look at these conversations, or lower train.learning_rate; {saved}",
         )
 
     # --- saving and resuming ---------------------------------------------------------
@@ -330,11 +366,12 @@ class SftTrainer(Trainer):
             self._save_scaler(str(folder))  # FSDP2's, read again by the Trainer itself
             if self.world.is_main:
                 torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                self.state.log_history.clear()  # metrics.jsonl has it
                 self.state.save_to_json(str(folder / "trainer_state.json"))
 
         began = time.monotonic()
-        checkpoint.publish(
-            self.run_dir,
+        ours = checkpoint.publish(
+            self.attempt,
             step,
             write,
             self.world,
@@ -343,11 +380,14 @@ class SftTrainer(Trainer):
             needed_bytes=self.plan.checkpoint_bytes,
         )
         self.last_saved = step
+        if not ours:
+            self.reporter.say(f"another attempt has saved step {step} already; it verifies")
         if self.world.is_main:  # a job script keeps twice that before the end of its time
             seconds = math.ceil(time.monotonic() - began)
-            write_atomically(self.run_dir.save_seconds, f"{seconds}\n")
+            with contextlib.suppress(OSError):  # the disk may be full now; the script has a least
+                write_atomically(self.run_dir.save_seconds, f"{seconds}\n")
         if self.world.is_main:
-            checkpoint.drop_old(self.run_dir, self.config.checkpoint.keep, step)
+            checkpoint.drop_old(self.attempt, self.config.checkpoint.keep, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Called before the optimizer exists; `_load_optimizer_and_scheduler` loads both."""
@@ -362,6 +402,12 @@ class SftTrainer(Trainer):
             fsdp.restore(self.model, _bare(self.optimizer), folder)
         state = torch.load(folder / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last that is read of a checkpoint, after training has begun for the Trainer."""
+        before, self.loading = self.loading, checkpoint is not None
+        super()._load_rng_state(checkpoint)
+        self.loading = before
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """`precision: auto` may go on in another precision than fp16, on another GPU."""
@@ -404,6 +450,7 @@ class Steering(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        trainer.loading = False
         trainer.started("engine")
         fresh = state.global_step == 0
         if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":
@@ -430,7 +477,13 @@ class Steering(TrainerCallback):
         if trainer._scales_loss:
             trainer.refuse_lasting_overflow()
         peak = peak_memory_gib(trainer.args.device)
-        stop, trainer.peak_gib = trainer.world.max([float(bool(trainer.stop)), peak])
+        # Not only at saves: another attempt may have taken over long before the next one.
+        newer = trainer.world.is_main and trainer.attempt.superseded_by() is not None
+        stop, trainer.peak_gib, superseded = trainer.world.max(
+            [float(trainer.stop.requested()), peak, float(newer)]
+        )
+        if superseded:
+            trainer.world.on_main(trainer.attempt.refuse_if_superseded)
         trainer.started("first step")
         done = state.global_step >= state.max_steps
         due = state.global_step % trainer.config.checkpoint.every_steps == 0

@@ -10,21 +10,42 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from sft_job import attention
-from sft_job.errors import HardwareError
+from sft_job.cli import StopRequest
+from sft_job.errors import HardwareError, SftJobError, WorkerError
 from sft_job.hardware import Hardware, unusable
+from sft_job.rendezvous import Rendezvous
 from sft_job.workers import Place
 
-# A rank may wait this long for another that converts or verifies tens of GB.
-TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
+
+# Between two looks of those who wait for the main rank.
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long ranks wait for each other, seconds.
+
+    Args:
+        start: to find each other.
+        nccl: for a collective of the engines on GPUs.
+        gloo: for one on the CPU.
+    """
+
+    start: float = 300.0
+    nccl: float = 600.0
+    gloo: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -59,17 +80,72 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def on_main(self, work: Callable[[], T], stop: StopRequest | None = None) -> T:
+        """Have the main rank do something that takes long; the others wait for it without limit,
+        and get its result, or its error.
+
+        Args:
+            work: looks at `stop` by itself.
+            stop: a request at any rank is handed on to the main one.
+        """
+        outcomes: list[tuple[T | None, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                outcomes.append((work(), None))
+            except BaseException as error:  # shared below, and raised on every rank
+                outcomes.append((None, error))
+
+        thread = threading.Thread(target=run, name="main rank's work")
+        if self.is_main:
+            thread.start()
+        while True:
+            if self.is_main:
+                thread.join(POLL_S)
+            asked = stop is not None and stop.requested()
+            done, wanted = self.max([float(bool(outcomes)), float(asked)])
+            if stop is not None and wanted:
+                stop.request("a request to another process")
+            if done:
+                break
+        if self.is_main:
+            thread.join()
+        result, error = outcomes[0] if outcomes else (None, None)
+        said = error
+        if error is not None and not isinstance(error, SftJobError):
+            said = WorkerError(f"rank 0 has failed: {type(error).__name__}: {error}")
+        result, said = self.gather((result, said))[0]
+        if error is not None:
+            raise error
+        if isinstance(said, SftJobError):
+            said.of_another_rank = True
+            raise said
+        return cast("T", result)
+
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, operation, group=self.group)
         return [float(value) for value in tensor]
 
 
-def join(place: Place, hardware: Hardware) -> World:
+def join(
+    place: Place,
+    hardware: Hardware,
+    limits: Limits = Limits(),
+    *,
+    stop: StopRequest | None = None,
+    name: str = "",
+    published: Path | None = None,
+) -> World:
     """Enter the process group; one process is a group of one and runs the same code.
+
+    Args:
+        stop, name, published: see `Rendezvous`.
 
     Raises:
         HardwareError: the machine has GPUs that torch cannot use.
+        WorkerError: the processes did not find each other.
+        Interrupted: asked to stop meanwhile.
     """
     for name, value in place.environment().items():
         os.environ[name] = value  # torch, accelerate and DeepSpeed all read these
@@ -89,8 +165,26 @@ def join(place: Place, hardware: Hardware) -> World:
         interface = _interface(place.master_addr)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    rendezvous = Rendezvous(
+        place, limit_s=limits.start, stop=stop or StopRequest(), name=name, published=published
+    )
+    store = rendezvous.store()
+    gloo = timedelta(seconds=limits.gloo)
+
+    def connect() -> dist.ProcessGroup:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=gloo if hardware.device == "cpu" else timedelta(seconds=limits.nccl),
+        )
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=gloo)
+        return group
+
+    group = rendezvous.bounded(connect)
     return World(place.rank, place.local_rank, place.world_size, device, group)
 
 

@@ -24,17 +24,19 @@ from transformers import AutoModelForCausalLM
 
 from sft_job import checkpoint, dataset, export, flops, fsdp, memory, trainer, zero3
 from sft_job import model as models
+from sft_job.attempt import Attempt
 from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import load
 from sft_job.errors import Interrupted, WorkerError
+from sft_job.files import append_line
 from sft_job.metrics import Meter, Reporter, Silence, peak_memory_gib
 from sft_job.model import WeightFiles
 from sft_job.plan import Plan, plan_of, schedule_of
 from sft_job.prepared import read_facts
-from sft_job.rundir import RunDir, append_line
+from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig
-from sft_job.train import refuse_different_plans
+from sft_job.worker import refuse_different_plans
 from sft_job.world import World
 
 
@@ -73,7 +75,7 @@ class Setup:
             plan=plan,
             steps=self.steps,
             world=world,
-            run_dir=self.run_dir,
+            attempt=Attempt(self.run_dir, 1),
             stop=StopRequest(),
             reporter=Silence(),
             meter=Meter(lambda work: 0.0, None, 0.0, time.time()),
@@ -425,15 +427,25 @@ def _packed_and_alone(setup: Setup) -> float:
     return float((packed - alone).abs().max())
 
 
+def _small_write(world: World) -> Callable[[Path], None]:
+    """Writes what every checkpoint has, of a few bytes, and a kilobyte of each rank."""
+
+    def write(folder: Path) -> None:
+        (folder / f"__{world.rank}_0.distcp").write_bytes(bytes([world.rank]) * 1000)
+        if world.is_main:
+            for name in checkpoint.required_files("fsdp", world.size):
+                (folder / name).write_text(name)
+
+    return write
+
+
 def checkpoints(world: World, run: str) -> list[Any]:
     """Publish two checkpoints of one file per rank; look for the newest, whole and damaged."""
     run_dir = RunDir(run)
-
-    def write(folder: Path) -> None:
-        (folder / f"part-{world.rank}.bin").write_bytes(bytes([world.rank]) * 1000)
-
+    attempt = Attempt(run_dir, 1)
+    write = _small_write(world)
     for step in (1, 2):
-        checkpoint.publish(run_dir, step, write, world, engine="fsdp", data="d", needed_bytes=10)
+        checkpoint.publish(attempt, step, write, world, engine="fsdp", data="d", needed_bytes=10)
     manifest = json.loads((run_dir.checkpoint(2) / checkpoint.MANIFEST).read_text())
     found, skipped = checkpoint.find(run_dir, world, engine="fsdp", data="d")
     assert found is not None
@@ -442,7 +454,6 @@ def checkpoints(world: World, run: str) -> list[Any]:
     if world.is_main:
         (run_dir.checkpoint(2) / checkpoint.MANIFEST).unlink()
         shutil.copytree(run_dir.checkpoint(1), run_dir.checkpoint(7))
-        (run_dir.checkpoint(7) / "part-1.bin").write_bytes(b"short")
     world.barrier()
     older, skipped = checkpoint.find(run_dir, world, engine="fsdp", data="d")
     assert older is not None
@@ -459,8 +470,8 @@ def full_disk(world: World, run: str) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     try:
-        run_dir = RunDir(run)
-        checkpoint.publish(run_dir, 1, write, world, engine="fsdp", data="d", needed_bytes=10)
+        attempt = Attempt(RunDir(run), 1)
+        checkpoint.publish(attempt, 1, write, world, engine="fsdp", data="d", needed_bytes=10)
     except Exception as error:
         return type(error).__name__
     return "nothing"
@@ -529,7 +540,7 @@ def stopped_export(world: World, model: Path, target: Path, at: int) -> int:
 
     with mock.patch.object(export, "SHARD_BYTES", 20_000), contextlib.suppress(Interrupted):
         export.write(
-            target, network, network.named_parameters(), None, None, world,
+            Attempt(RunDir(target), 1), network, network.named_parameters(), None, None, world,
             source=model, dtype=torch.bfloat16, pause=pause,
         )  # fmt: skip
     return asked

@@ -9,7 +9,8 @@ import pytest
 from sft_job import attempt as attempts
 from sft_job.attempt import METRICS, STARTS, Attempt, metric_records, refresh
 from sft_job.errors import RunDirError, SupersededError
-from sft_job.rundir import RunDir, append_line, read_records
+from sft_job.files import append_line, read_records
+from sft_job.rundir import RunDir
 
 
 def record(step: int, loss: float = 1.0) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Every error kind: how it is printed and how the program ends."""
 
+import errno
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -116,14 +118,48 @@ def test_every_kind_crosses_a_process_boundary():
     assert [kind.__name__ for kind in ALL if not crosses(make(kind))] == []
 
 
-def test_what_is_not_ours_is_not_caught():
-    """A bug keeps its traceback."""
+def test_a_bug_is_one_sentence_with_its_place(capsys):
+    """What to do with it too; with --debug it keeps its traceback."""
 
     def main(argv):
-        raise ZeroDivisionError("a bug")
+        return cli.unexpected(None)  # a bug in a file of ours
 
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.run(main, [])
+    assert cli.run(main, []) == 1
+    printed = capsys.readouterr().err
+    assert re.match(r"error: unexpected AttributeError: .* \(cli\.py:\d+\)\n  -> a fault", printed)
+    assert "Traceback" not in printed
+    with pytest.raises(AttributeError):
+        cli.run(main, ["--debug"])
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (errno.EACCES, 2, "/shared/x: Permission denied\n  -> have it opened to this user"),
+        (errno.EROFS, 2, "/shared/x: Read-only file system\n  -> have it opened"),
+        (errno.ENAMETOOLONG, 2, "/shared/x: File name too long\n  -> name another place"),
+        (errno.ENOSPC, 1, "/shared/x: nothing can be written: No space left on device (space or"),
+        (errno.ESTALE, 1, "/shared/x: Stale file handle\n  -> the disk or the file server has"),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_its_place(number, code, said, capsys):
+    """Wherever it happens, in every command."""
+
+    def main(argv):
+        raise OSError(number, os.strerror(number), "/shared/x")
+
+    assert cli.run(main, []) == code
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_an_interruption_from_the_keyboard_is_no_error(capsys):
+    """128 + SIGINT, as shells have it, and nothing else."""
+
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert cli.run(main, []) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_success_is_exit_code_0():

@@ -17,7 +17,7 @@ PACKAGE = Path(sft_job.__file__).parent
 ENTRY = 5
 TABLE = {
     0: {"errors"},
-    1: {"schema", "config", "cli"},
+    1: {"schema", "config", "seal", "files", "cli"},
     2: {
         "rundir",
         "attempt",
@@ -27,17 +27,22 @@ TABLE = {
         "hardware",
         "attention",
         "prepared",
+        "result",
+        "identity",
         "memory",
         "flops",
         "fit",
         "choices",
         "workers",
+        "launcher",
         "plan",
+        "start",
         "jobscript",
         "slurm",
         "follow",
     },
     3: {
+        "rendezvous",
         "world",
         "tokenizer",
         "encode",
@@ -48,7 +53,7 @@ TABLE = {
         "metrics",
         "checkpoint",
     },
-    4: {"fsdp", "zero3", "selftest", "trainer", "export"},
+    4: {"fsdp", "zero3", "selftest", "trainer", "export", "worker"},
     ENTRY: {"train", "submit", "data", "chat"},
 }
 LAYER = {name: layer for layer, names in TABLE.items() for name in names}

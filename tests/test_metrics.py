@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sft_job import workers
+from sft_job.files import append_line, read_records
 from sft_job.flops import Work
 from sft_job.metrics import Meter, useful_seconds
-from sft_job.rundir import append_line, read_records
 from sft_job.workers import Phases
 from tests import ranks
 from tests.runs import make_conversations, make_job, make_model, on_ranks, run_job

@@ -11,7 +11,8 @@ import pytest
 from sft_job import rundir
 from sft_job.config import load
 from sft_job.errors import RunDirError
-from sft_job.rundir import CacheDir, RunDir, publish_dir, read_json, write_atomically
+from sft_job.files import publish_dir, read_json, write_atomically
+from sft_job.rundir import CacheDir, RunDir
 from sft_job.schema import JobConfig
 
 
@@ -60,12 +61,9 @@ def test_every_drawn_name_of_the_run_directory_is_given_out():
     """What the docstring draws under RUN_DIR is what the class owns."""
     run = RunDir("/r")
     given_out = [str(value) for value in vars(run).values()]
-    given_out += [
-        str(run.owner(1)),
-        str(run.log(1, 0)),
-        str(run.checkpoint(200)),
-        str(run.stop_file(1)),
-    ]
+    given_out += [str(name(1)) for name in (run.owner, run.interrupted, run.written_model)]
+    given_out += [str(run.unloadable_mark(1, 200)), str(run.log(1, 0))]
+    given_out += [str(run.checkpoint(200)), str(run.stop_file(1))]
     drawn = rundir.__doc__.partition("RUN_DIR/")[2].partition("CACHE_DIR/")[0].splitlines()
     for line in drawn:
         if line.startswith("  "):
@@ -158,13 +156,14 @@ def test_another_job_is_refused_with_the_changed_keys_and_the_ways_out(config, j
     ]
 
 
-def test_a_commit_that_is_known_later_is_the_same_job(config, job_file):
-    """Left open, the revision is what the cache has; another one than before is refused."""
+def test_where_data_and_model_are_is_no_part_of_a_job(config, job_file, tmp_path):
+    """A project may be moved, and a branch be called by its commit: content decides."""
     run = RunDir(config.run.dir)
-    run.claim(load(job_file, ["model.revision=c0ffee"]), "submitted")
-    run.claim(config, "trained by hand")
-    with pytest.raises(RunDirError, match=r"model\.revision: 'c0ffee' before, 'decade' now"):
-        run.claim(load(job_file, ["model.revision=decade"]), "other")
+    run.claim(load(job_file, ["model.path=org/name", "model.revision=main"]), "text")
+    moved = tmp_path / "moved.json"
+    moved.write_text("[]")
+    changes = ["model.path=org/other", "model.revision=c0ffee", f"data.train=[{moved}]"]
+    run.claim(load(job_file, changes), "text")
 
 
 def test_a_refused_job_leaves_the_directory_as_it_was(config, job_file):
@@ -189,7 +188,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(config, tmp_path):
     """It may be somebody's home."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("x")
-    with pytest.raises(RunDirError, match=r"not empty and holds no job\n  -> choose another run"):
+    with pytest.raises(RunDirError, match=r"holds no job \(there is 'thesis.tex'\)\n  ->"):
         RunDir(tmp_path / "home").claim(config, "text")
     assert names(tmp_path / "home") == ["thesis.tex"]
 
@@ -374,7 +373,7 @@ def test_builders_at_the_same_time_leave_one_good_folder(tmp_path, umask):
         thread.join()
     assert failures == []
     assert names(tmp_path) == ["f"]
-    assert names(tmp_path / "f") == ["a", "b", "c"]
+    assert names(tmp_path / "f") == ["a", "b", "c", "seal.json"]
     assert len({(tmp_path / "f" / name).read_text() for name in ("a", "b", "c")}) == 1
 
 

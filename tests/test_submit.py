@@ -17,7 +17,8 @@ import yaml
 
 from sft_job import __version__, follow, slurm
 from sft_job.errors import SlurmError
-from sft_job.rundir import RunDir, append_line
+from sft_job.files import append_line
+from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig, Slurm
 from tests.runs import (
     ROOT,

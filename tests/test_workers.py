@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_job import cli, workers
+from sft_job import cli, launcher, workers
 from sft_job.cli import StopRequest
 from sft_job.errors import (
     DataError,
@@ -22,8 +22,10 @@ from sft_job.errors import (
     UserError,
     WorkerError,
 )
-from sft_job.rundir import RunDir, read_json
-from sft_job.workers import Place, Workers, find_place, report_failure
+from sft_job.files import read_json
+from sft_job.launcher import Workers, report_failure
+from sft_job.rundir import RunDir
+from sft_job.workers import Place, find_place
 
 # --- find_place ----------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ def chosen(run_dir: RunDir, *codes: int | None) -> SftJobError:
 
 def at(monkeypatch, moment: float) -> None:
     """Set the clock."""
-    monkeypatch.setattr(workers.time, "time", lambda: moment)
+    monkeypatch.setattr(launcher.time, "time", lambda: moment)
 
 
 def test_an_expected_error_is_left_as_its_message(run_dir):
@@ -189,10 +191,11 @@ def test_an_expected_error_is_left_as_its_message(run_dir):
 
 
 def test_an_unexpected_error_is_left_with_its_traceback(run_dir):
-    """It is ours: exit code 1 and no message."""
+    """It is ours: exit code 1, a message of one line, and the traceback for us."""
     assert report_failure(run_dir, 1, 3, raised(ZeroDivisionError("a bug"))) == 1
     record = read_json(run_dir.error(1, 3))
-    assert (record["exit_code"], record["message"]) == (1, None)
+    assert record["exit_code"] == 1
+    assert record["message"] == "error: rank 3: unexpected ZeroDivisionError: a bug"
     assert "ZeroDivisionError: a bug" in record["traceback"]
 
 
@@ -225,11 +228,12 @@ def test_a_users_mistake_in_a_worker_is_shown_as_in_the_launcher(run_dir):
 
 
 def test_a_bug_in_a_worker_is_shown_with_rank_and_traceback(run_dir):
-    """Nothing else says where to look."""
+    """In one line; the traceback stays in the log, whose place is said."""
     report_failure(run_dir, 1, 1, raised(ZeroDivisionError("a bug")))
     error = chosen(run_dir, 0, 1)
-    assert str(error).startswith("rank 1 failed:\nTraceback (most recent call last):")
-    assert str(error).endswith("ZeroDivisionError: a bug")
+    log = run_dir.log(1, 1)
+    expected = f"rank 1: unexpected ZeroDivisionError: a bug\n  -> the traceback is in {log}"
+    assert str(error) == expected
     assert error.exit_code == 1
 
 
@@ -283,14 +287,14 @@ def crew(run_dir, tmp_path, monkeypatch):
         head = "import json, os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
         fake.write_text(f"#!{os.path.realpath(sys.executable)} -S\n{head}{code}\n")
         fake.chmod(0o755)
-        monkeypatch.setattr(workers.sys, "executable", str(fake))
+        monkeypatch.setattr(launcher.sys, "executable", str(fake))
         crews.append(Workers(run_dir, 1, count))
         crews[-1].start(arguments)
         return crews[-1]
 
     yield start
     for workers_ in crews:
-        for process in workers_._processes:
+        for process in workers_.processes:
             process.kill()
             process.wait()
 
@@ -348,7 +352,7 @@ def test_a_failed_worker_ends_the_others(crew):
     started = crew("sys.exit('no memory') if rank else time.sleep(600)")
     with pytest.raises(WorkerError, match="rank 1 ended with exit code 1 and no message:\nno memo"):
         started.wait(StopRequest())
-    assert [process.returncode for process in started._processes] == [-signal.SIGKILL, 1]
+    assert [process.returncode for process in started.processes] == [-signal.SIGKILL, 1]
 
 
 def test_a_killed_worker_is_noticed(crew):
@@ -371,7 +375,7 @@ def test_a_request_to_stop_reaches_workers_that_have_just_been_started(crew):
     stop.reason = "signal SIGUSR1"
     started = crew(HANDLE)
     started.wait(stop)
-    assert [process.returncode for process in started._processes] == [0, 0]
+    assert [process.returncode for process in started.processes] == [0, 0]
 
 
 def test_the_launcher_hears_signals_again_after_the_start(crew):
@@ -399,21 +403,21 @@ def test_a_signal_is_remembered_and_ends_nothing(number, handlers):
     """The first one is the reason; asking again changes nothing."""
     stop = StopRequest()
     stop.listen()
-    assert not stop
+    assert not stop.requested()
     signal.raise_signal(number)
     signal.raise_signal(signal.SIGTERM)
-    assert stop
+    assert stop.requested()
     assert stop.reason == f"signal {number.name}"
 
 
 def test_a_file_is_a_request_to_stop(tmp_path):
     """Made at any time; it counts from then on, also when it is taken away again."""
     stop = StopRequest(tmp_path / "stop-1")
-    assert not stop
+    assert not stop.requested()
     (tmp_path / "stop-1").touch()
-    assert stop
+    assert stop.requested()
     (tmp_path / "stop-1").unlink()
-    assert stop
+    assert stop.requested()
     assert stop.reason == "stop file stop-1"
 
 
@@ -421,7 +425,7 @@ def test_a_worker_does_not_outlive_its_launcher():
     """Killed without a chance to say anything, the launcher leaves nobody behind."""
     worker = (
         "import os, time\n"
-        "from sft_job.workers import die_with_parent\n"
+        "from sft_job.launcher import die_with_parent\n"
         "die_with_parent(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "time.sleep(600)\n"

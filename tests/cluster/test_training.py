@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sft_job import follow
-from sft_job.rundir import RunDir, read_records
+from sft_job.files import read_records
+from sft_job.rundir import RunDir
 from tests.cluster import jobs
 from tests.runs import run_job, sft_job
 

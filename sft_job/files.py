@@ -1,0 +1,260 @@
+"""How files and folders are written: seen whole or not at all, published once, never replaced.
+
+    write_atomically    a file that its one owner may change: the reader sees the old or the new one
+    create              a file that is made once by whoever comes first
+    publish             a folder that is made once by whoever comes first
+    publish_dir         the same for a cache, sealed, and built by several at once without harm
+    is_intact           whether such a folder can be used
+    discard             a folder that others may still be writing to is taken out of their sight
+
+Nothing is checked before it is done: on a file server another machine may be in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft_job import seal
+from sft_job.errors import DiskSpaceError, FileError, SftJobError
+
+# File systems without the operation say one of these.
+UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTTY}
+_RENAME_NOREPLACE, _AT_FDCWD = 1, -100
+# In a folder of the cache that is being built: locked by its builder, so that others can tell
+# whether it is alive.
+_BUILDER = ".builder"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
+    beside = _beside(path, text)
+    try:
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def create(path: Path, text: str) -> bool:
+    """Make a file with its content at once, if nobody has; returns whether it was made here."""
+    beside = _beside(path, text)
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        return False
+    except OSError as error:  # a file system without hard links
+        if error.errno not in UNSUPPORTED:
+            raise
+        try:
+            _rename_noreplace(beside, path)
+        except FileExistsError:
+            return False
+    finally:
+        beside.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+    return True
+
+
+def _beside(path: Path, text: str) -> Path:
+    """The content on disk, under a name of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return Path(name)
+
+
+def _rename_noreplace(source: Path, target: Path) -> None:
+    """renameat2(2) with RENAME_NOREPLACE."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(source), os.fsencode(target)
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+def publish(beside: Path, folder: Path) -> bool:
+    """Give a finished folder its name, if no folder has it; returns whether it was this one.
+
+    Renaming onto a folder with something in it is refused by the system itself.
+    """
+    try:
+        os.rename(beside, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    fsync_dir(folder.parent)
+    return True
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder that others may still be writing to, or be about to publish: first it
+    loses its name, so that nobody can take a part of it for the whole."""
+    nobody = folder.with_name(f".discarded-{uuid.uuid4().hex[:12]}")
+    try:
+        os.rename(folder, nobody)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(nobody, ignore_errors=True)
+
+
+def translated(error: OSError) -> SftJobError | None:
+    """What the operating system refuses, in the user's terms; None where that is no explanation."""
+    place, reason = str(error.filename or ""), error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(
+            f"nothing can be written: {reason} (space or inodes)",
+            where=place or None,
+            remedy="free some there, and run the same command again",
+        )
+    if not place:
+        return None
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return FileError(
+            reason, where=place, remedy="have it opened to this user, or name another place"
+        )
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+        return FileError(reason, where=place, remedy="name another place")
+    if error.errno in (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO):
+        return SftJobError(
+            reason, where=place, remedy="the disk or the file server has a fault: try again later"
+        )
+    return None
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; a half one that a killed process left is closed first."""
+    with open(path, "ab+", buffering=0) as file:
+        last = b"\n"
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)
+        data = (b"" if last == b"\n" else b"\n") + line.encode() + b"\n"
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """All whole records of a JSON-lines file. A process that was killed, or a disk that was full,
+    may have left anything in between."""
+    records = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # not JSON, not UTF-8
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def fsync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def settle(folder: Path) -> None:
+    """Everything below a folder on disk, and readable to whom the umask lets: libraries write
+    some files for their owner alone."""
+    mask = _umask()
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_symlink():
+            continue
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _umask() -> int:
+    """Read, not set and set back: another thread could write a file in between."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    raise OSError("no Umask in /proc/self/status")
+
+
+@contextlib.contextmanager
+def publish_dir(path: Path) -> Iterator[Path]:
+    """A folder of the cache that appears complete, with its seal, or not at all.
+
+    Two processes may build the same folder at once: the first to finish publishes, the other's
+    work is dropped. The caller's content must therefore depend on nothing but the name. What a
+    killed builder has left is cleared away by the next one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_dead(path)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with open(beside / f"{_BUILDER}.new", "w") as alive:
+            _try_lock(alive.fileno())
+            os.rename(alive.name, beside / _BUILDER)  # never seen without its lock
+            yield beside
+            (beside / _BUILDER).unlink()
+            (beside / seal.SEAL).write_text(json.dumps(seal.make(beside)) + "\n")
+            settle(beside)
+            if not publish(beside, path):
+                shutil.rmtree(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a folder of the cache is there and as it was published; a damaged one is deleted."""
+    if not path.is_dir():
+        return False
+    reason = seal.fault(path)
+    if reason is not None:
+        print(f"note: {path} is damaged ({reason}) and made anew", file=sys.stderr)
+        discard(path)
+    return reason is None
+
+
+def _clear_dead(path: Path) -> None:
+    for left in path.parent.glob(f".{path.name}.*"):
+        try:
+            with open(left / _BUILDER) as owner:
+                if _try_lock(owner.fileno()):
+                    discard(left)
+        except OSError:
+            continue  # gone meanwhile, or just being made
+
+
+def _try_lock(handle: int) -> bool:
+    """Whether nobody holds it. Where a file system has no locks nobody can tell."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
