@@ -56,6 +56,7 @@ def publish(
     *,
     engine: str,
     data: str,
+    weights: str | None = None,
     needed_bytes: int | None,
 ) -> bool:
     """Write a checkpoint with all ranks and make it visible when it is complete.
@@ -66,6 +67,7 @@ def publish(
     Args:
         write: writes this rank's part into the folder it is given.
         data: fingerprint of the data; the order of all steps depends on it.
+        weights: of the base model (`identity.weights`).
         needed_bytes: refused beforehand when the disk has less.
 
     Returns:
@@ -110,6 +112,7 @@ def publish(
         "step": step,
         "engine": engine,
         "data": data,
+        "weights": weights,
         "world_size": world.size,
         "attempt": attempt.number,
         "files": dict(sorted(sealed.items())),
@@ -254,7 +257,7 @@ def _is_disk_full(error: BaseException) -> bool:
 
 
 def find(
-    run_dir: RunDir, world: World, *, engine: str, data: str
+    run_dir: RunDir, world: World, *, engine: str, data: str, weights: str | None = None
 ) -> tuple[Found | None, list[str]]:
     """The newest checkpoint that verifies; all ranks share the reading.
 
@@ -286,6 +289,12 @@ def find(
                 "the data or its encoding has changed since this checkpoint was written",
                 where=str(folder),
                 remedy="give the changed job a run.dir of its own, or put the data back",
+            )
+        if weights is not None and manifest.get("weights", weights) not in (None, weights):
+            raise CheckpointError(
+                "the base model has other weights than when this checkpoint was written",
+                where=str(folder),
+                remedy="give the changed job a run.dir of its own, or put the model back",
             )
         return Found(folder, step, manifest), skipped
     if damaged := [line for line in skipped if INCOMPLETE not in line]:

@@ -119,6 +119,15 @@ def discard(folder: Path) -> None:
     shutil.rmtree(nobody, ignore_errors=True)
 
 
+def put_aside(path: Path) -> Path:
+    """Rename something of unknown origin, or damaged: deleting is not ours to decide."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"replaced-{number}-{path.name}")):
+        number += 1
+    os.rename(path, aside)
+    return aside
+
+
 def translated(error: OSError) -> SftJobError | None:
     """What the operating system refuses, in the user's terms; None where that is no explanation."""
     place, reason = str(error.filename or ""), error.strerror or str(error)

@@ -1,9 +1,11 @@
 """What a run is made of: settings by value, data and base model by content, never by path.
 
 A run directory is resumed only by the same job. Its settings are in job.json; this is about what
-they name: a project may be moved, and a file may be changed under its name.
+they name: a project may be moved, and a file may be changed under its name. Either file can be
+made anew from the other, and every checkpoint says of which data and weights it is.
 
     identity.json   made once, by the first attempt that had everything ready
+      settings      `JobConfig.identity`
       data_files    SHA-256 of each file of data.train, in order
       data          fingerprint of the encoded data
       config        config.json of the base model
@@ -14,12 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from sft_job import seal
 from sft_job.errors import RunDirError
-from sft_job.files import create, read_json
+from sft_job.files import create, put_aside, read_json
 from sft_job.prepared import Prepared, hub_snapshot
 from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig
@@ -58,15 +61,15 @@ def refuse_changed_content(run_dir: RunDir, config: JobConfig, prepared: Prepare
         RunDirError: the data, its encoding or the base model is another one.
     """
     now = {
+        "settings": config.identity(),
         "data_files": _hashes(config.data.files()),
         "data": prepared.stats.fingerprint,
         "config": _source_config(config),
-        "weights": _weights(prepared),
+        "weights": weights(prepared),
     }
-    create(run_dir.identity, json.dumps(now, indent=1) + "\n")
-    before = _read(run_dir)
-    if before is None:  # cannot be read: it was just made
-        return
+    if (before := _read(run_dir)) is None:
+        create(run_dir.identity, json.dumps(now, indent=1) + "\n")
+        before = read_json(run_dir.identity)
     if before.get("data") != now["data"]:
         raise RunDirError(
             "the data or its encoding has changed since this run began (files, tokenizer, "
@@ -84,22 +87,17 @@ def refuse_changed_content(run_dir: RunDir, config: JobConfig, prepared: Prepare
 
 
 def _read(run_dir: RunDir) -> dict[str, Any] | None:
+    """None where there is none yet, or where it is damaged: then it is put aside."""
     try:
         before = read_json(run_dir.identity)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise RunDirError(
-            f"cannot be read: {error}",
-            where=str(run_dir.identity),
-            remedy="remove it, if data and base model are those that this run began with",
-        ) from error
+    except ValueError:
+        before = None
     if not isinstance(before, dict):
-        raise RunDirError(
-            "damaged",
-            where=str(run_dir.identity),
-            remedy="remove it, if data and base model are those that this run began with",
-        )
+        aside = put_aside(run_dir.identity)
+        print(f"note: {run_dir.identity} was damaged: put aside as {aside.name}", file=sys.stderr)
+        return None
     return before
 
 
@@ -143,7 +141,8 @@ def _hashes(files: list[Path]) -> list[str]:
     return digests
 
 
-def _weights(prepared: Prepared) -> str:
+def weights(prepared: Prepared) -> str:
+    """SHA-256 over the seals of the weight files."""
     sealed = prepared.model_seal
     if sealed is None:
         sealed = read_json(Path(prepared.model_folder) / seal.SEAL)

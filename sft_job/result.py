@@ -8,14 +8,13 @@ DONE                    made once: step, attempt, and the seal
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from sft_job import seal
 from sft_job.attempt import Attempt
-from sft_job.files import create, publish, read_json, write_atomically
+from sft_job.files import create, publish, put_aside, read_json, write_atomically
 from sft_job.prepared import weight_files
 from sft_job.rundir import RunDir
 
@@ -69,15 +68,6 @@ def publish_model(attempt: Attempt, beside: Path) -> Any:
             return before
         put_aside(run_dir.model)
     return written
-
-
-def put_aside(path: Path) -> Path:
-    """Rename something of unknown origin, or damaged: deleting is not ours to decide."""
-    number = 1
-    while os.path.lexists(aside := path.with_name(f"replaced-{number}-{path.name}")):
-        number += 1
-    os.rename(path, aside)
-    return aside
 
 
 def mark_done(attempt: Attempt, step: int, written: Any) -> None:

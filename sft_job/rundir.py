@@ -45,12 +45,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pydantic import ValidationError
 
 from sft_job.errors import RunDirError
-from sft_job.files import create, read_json
+from sft_job.files import create, read_json, write_atomically
 from sft_job.schema import JobConfig
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -304,20 +304,13 @@ class RunDir:
             # job.json first: it is what makes the folder this job's.
             if not create(self.job_file, config.model_dump_json(indent=2) + "\n"):
                 self._refuse_another_job(config)
+                self.mend(config)
             create(self.config_file, text)
         except OSError as error:
             raise self._unwritable(error) from error
 
     def _refuse_another_job(self, config: JobConfig) -> None:
-        try:
-            before = JobConfig.model_validate_json(self.job_file.read_text()).identity()
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
-            raise RunDirError(
-                "job.json was not written by this version, so it cannot be told whose run this is",
-                where=str(self.job_file),
-                remedy="give the job a run.dir of its own",
-            ) from error
-        now = config.identity()
+        before, now = self._settings(), config.identity()
         changed = [
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
@@ -329,6 +322,37 @@ class RunDir:
                 where=str(self.path),
                 remedy="give the new job a run.dir of its own, or set these keys back to resume",
             )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the job of this directory has been from the beginning (`JobConfig.identity`).
+        A job.json that is no JSON any more is made up for by identity.json."""
+        try:
+            text = self.job_file.read_text(encoding="utf-8")
+            json.loads(text)
+            return JobConfig.model_validate_json(text).identity()
+        except ValidationError as error:
+            raise RunDirError(
+                "job.json was not written by this version, so it cannot be told whose run this is",
+                where=str(self.job_file),
+                remedy="give the job a run.dir of its own",
+            ) from error
+        except ValueError as error:
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                settings = read_json(self.identity)["settings"]
+                return dict(settings)
+            raise RunDirError(
+                "job.json is damaged, so it cannot be told whose run this is",
+                where=str(self.job_file),
+                remedy=f"put it back ({self.config_file.name} is the job file as it was given), "
+                "or give the job a run.dir of its own",
+            ) from error
+
+    def mend(self, config: JobConfig) -> None:
+        """Write job.json again where it is damaged; this job was found to be the same."""
+        try:
+            read_json(self.job_file)
+        except ValueError:
+            write_atomically(self.job_file, config.model_dump_json(indent=2) + "\n")
 
 
 class CacheDir:

@@ -18,6 +18,7 @@ from pathlib import Path
 from sft_job import identity, result
 from sft_job.cli import StopRequest
 from sft_job.errors import DiskSpaceError, Interrupted, RunDirError, SftJobError, UserError
+from sft_job.files import put_aside
 from sft_job.hardware import Hardware
 from sft_job.plan import Plan, plan_of
 from sft_job.prepared import Prepared, find_prepared
@@ -94,7 +95,7 @@ def is_done(run_dir: RunDir) -> bool:
     result.unmark(run_dir)
     said = f"note: this job was done, but its model is damaged ({reason}); it is written again"
     if run_dir.model.exists():
-        said += f", the old one is {result.put_aside(run_dir.model).name}"
+        said += f", the old one is {put_aside(run_dir.model).name}"
     print(said, file=sys.stderr)
     return False
 

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_job import checkpoint, fsdp, loss, selftest, zero3
+from sft_job import checkpoint, fsdp, identity, loss, selftest, zero3
 from sft_job.attempt import Attempt
 from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
@@ -39,6 +39,7 @@ from sft_job.errors import ConfigError, TrainingError
 from sft_job.files import write_atomically
 from sft_job.metrics import Meter, Reporter, peak_memory_gib
 from sft_job.plan import Plan, lost_lines
+from sft_job.prepared import Prepared
 from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig, Zero3
 from sft_job.world import World
@@ -137,7 +138,7 @@ class SftTrainer(Trainer):
         reporter: Reporter,
         meter: Meter,
         started: Callable[[str], None],
-        prepared_model: Path,
+        prepared: Prepared,
     ) -> None:
         """
         Args:
@@ -146,7 +147,7 @@ class SftTrainer(Trainer):
         self.config, self.plan, self.steps, self.world = config, plan, steps, world
         self.attempt, self.run_dir = attempt, attempt.run_dir
         self.stop, self.reporter = stop, reporter
-        self.prepared_model = prepared_model
+        self.prepared = prepared
         self.meter, self.started = meter, started
         self.peak_gib = 0.0
         self.last_saved: int | None = None
@@ -377,6 +378,7 @@ class SftTrainer(Trainer):
             self.world,
             engine=self.config.engine.type,
             data=self.steps.schedule.fingerprint,
+            weights=identity.weights(self.prepared),
             needed_bytes=self.plan.checkpoint_bytes,
         )
         self.last_saved = step
@@ -455,7 +457,7 @@ class Steering(TrainerCallback):
         fresh = state.global_step == 0
         if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":
             zero3.restore_masters(
-                trainer.model, trainer.prepared_model, trainer.plan, trainer.world
+                trainer.model, Path(trainer.prepared.model_folder), trainer.plan, trainer.world
             )
         kernel = trainer.plan.attention.value
         selftest.run(

@@ -281,7 +281,11 @@ def _train_and_export(rank: Rank, plan: Plan, prepared: Prepared) -> None:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(rank.run_dir.tensorboard))
     arguments = trainer.training_arguments(config, plan, rank.run_dir, world)
     found, skipped = checkpoint.find(
-        rank.run_dir, world, engine=config.engine.type, data=prepared.stats.fingerprint
+        rank.run_dir,
+        world,
+        engine=config.engine.type,
+        data=prepared.stats.fingerprint,
+        weights=identity.weights(prepared),
     )
     for line in skipped:
         rank.reporter.say(line)
@@ -304,7 +308,7 @@ def _train_and_export(rank: Rank, plan: Plan, prepared: Prepared) -> None:
         reporter=rank.reporter,
         meter=_meter(rank, plan, folder, done),
         started=_started(rank),
-        prepared_model=folder,
+        prepared=prepared,
     )
     rank.stop_if_asked("before the first step")
     if found is not None:

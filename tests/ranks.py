@@ -80,7 +80,7 @@ class Setup:
             reporter=Silence(),
             meter=Meter(lambda work: 0.0, None, 0.0, time.time()),
             started=lambda phase: None,
-            prepared_model=self.folder,
+            prepared=prepared,
         )
 
     def record_to(self, file: Path) -> None:
