@@ -20,6 +20,8 @@ TABLE = {
     1: {"schema", "config", "cli"},
     2: {
         "rundir",
+        "records",
+        "formats",
         "conversations",
         "templates",
         "batching",
