@@ -238,12 +238,11 @@ class _Check:
         given = [key for key in TEXT_KEYS if turn.get(key) is not None]
         if len(given) == 2:
             given = [key for key in given if turn[key] != ""] or given
-        if len(given) == 2 and turn["value"] != turn["content"]:
-            self._fault("`value` and `content` differ; keep one of them")
-            return None
         usual = "value" if "from" in turn else "content"
-        key = given[0] if given else usual
-        return self._checked(key, turn.get(key))
+        texts = [self._checked(key, turn.get(key)) for key in given or [usual]]
+        if None not in texts and texts[0] != texts[-1]:
+            self._fault("`value` and `content` differ; keep one of them")
+        return texts[0]
 
     def _checked(self, key: str, text: Any) -> str | None:
         if not isinstance(text, str):

@@ -68,7 +68,7 @@ def records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
                 yield from reader.listed(file.read())
             elif _is_open(begins) and _is_one_object(data := file.read()):
                 yield from reader.one_object(data)
-            elif re.search(rb"^\s*\{", begins, re.MULTILINE):
+            elif re.search(rb"^[ \t]*\{", begins, re.MULTILINE):
                 file.seek(0)
                 yield from reader.lines(file)
             else:

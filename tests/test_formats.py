@@ -304,6 +304,7 @@ def test_names_of_both_forms_in_one_turn_are_read_where_they_agree(turn):
     [
         ({"from": "gpt", "role": "user", "value": "a"}, "`from` and `role` differ"),
         (ANSWER | {"value": "b"}, "`value` and `content` differ"),
+        (ANSWER | {"value": 5}, "`value` must be text, not number 5"),
         ({"from": None, "role": None, "value": "a"}, "neither `from` nor `role`; it has `from`,"),
         ({"speaker": "gpt", "text": "a"}, "neither `from` nor `role`; it has `speaker`, `text`"),
         (ANSWER | {"content": [{"type": "text", "text": "a"}]}, "parts are not supported, write "),

@@ -125,6 +125,7 @@ FOREIGN = [
     (b"id,conversations\n", "neither a JSON list nor JSON lines (one object a line): it begins"),
     (b"null", "neither a JSON list nor JSON lines (one object a line): it begins with 'null'"),
     (b"\0" * 40, "neither a JSON list nor JSON lines (one object a line): it begins with '\\x00"),
+    (b"x" + b"\n" * 60_000, "neither a JSON list nor JSON lines (one object a line): it begins"),
     (b"", "the file is empty"),
     (b"\xef\xbb\xbf \r\n\t", "the file is empty"),
 ]
