@@ -97,7 +97,7 @@ def build(job: Path) -> dict[str, Any]:
 def _conversations(job: Path) -> Any:
     from sft_job import config, conversations
 
-    return conversations.read_trainable(config.load(job).data.files())[0]
+    return conversations.read_trainable(config.load(job).data.files()).conversations
 
 
 def _now() -> tuple[float, float]:

@@ -8,6 +8,8 @@
               cli             arguments, messages, requests to stop
     layer 2   rundir          every name in the run directory and the cache
     no torch  attempt         one attempt at a job: its number, its records, its marks
+              records         the records of a data file, and what is wrong with the file
+              formats         what the keys of other tools' data mean here
               conversations   conversations: read, checked, cut to what can be trained on
               templates       chat templates as data
               batching        which samples make a step, and who computes them

@@ -1,7 +1,9 @@
 """Conversations: read from files, checked with their place, cut to what can be trained on.
 
-    file -> Conversation (turns as written, checked)
-         -> Trainable (system text and complete exchanges) + what was lost, by reason
+    record -> Conversation (turns as written, checked)
+           -> Trainable (system text and complete exchanges) + what was lost, by reason
+
+What the keys of a record mean is in `formats`.
 
 Policy. A conversation is trained on up to its first fault of form: an answer whose history
 is missing would teach nonsense, so nothing after the fault is kept.
@@ -10,20 +12,24 @@ is missing would teach nonsense, so nothing after the fault is kept.
     empty_turn                cut before the exchange with an empty turn
     wrong_order               cut where the roles stop alternating
     trailing_user_turn        a question without an answer: dropped
+    untrained_answer          flagged as not to be trained on: stays as context
     no_complete_exchange      nothing is left: the conversation is dropped,
+    no_trained_answer         nothing that is left is trained on: dropped,
     system_turn               and its system turn with it
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sft_job.errors import DataError
+from sft_job.formats import IgnoredKeys, flagged, form_of, sort_keys
+from sft_job.records import Faults, brief, kind, quoted, records
 
 Role = Literal["system", "user", "assistant"]
 
@@ -35,12 +41,21 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
+TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation",
+              "ipython")  # fmt: skip
+
+TURNS = ("conversations", "messages")
+RECORD_KEYS = frozenset({*TURNS, "id"})
+ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content")
+TURN_KEYS = frozenset({*ROLE_KEYS, *TEXT_KEYS})
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     role: Role
     text: str
+    trained: bool = True
+    """False only for an answer that the data wants as context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +70,13 @@ class Conversation:
 class Exchange:
     user: str
     assistant: str
+    trained: bool = True
+    """Whether the answer is trained on; else it is only context of what follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """What is trained on of one conversation; at least one exchange, no empty text."""
+    """What is trained on of one conversation; at least one answer of it, no empty text."""
 
     id: str
     where: str
@@ -67,163 +84,204 @@ class Trainable:
     exchanges: tuple[Exchange, ...]
 
     def __post_init__(self) -> None:
-        if not self.exchanges or any(not e.user or not e.assistant for e in self.exchanges):
+        complete = all(e.user and e.assistant for e in self.exchanges)
+        if not complete or not any(e.trained for e in self.exchanges):
             raise ValueError(f"{self.where}: not a trainable conversation")
 
 
-def records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, raw record) of a JSON list or a JSONL file.
+# --- from records to conversations -----------------------------------------------------------
 
-    Raises:
-        DataError: the file is not readable, not UTF-8 or not JSON; names the line.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            if path.suffix == ".jsonl":
-                yield from _jsonl_records(path, file)
-            else:
-                yield from _json_records(path, file.read())
-    except OSError as error:
-        raise DataError([f"{path}: cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise DataError([f"{path}: not UTF-8 text (byte {error.start})"]) from error
+SEE = "`sft-job data validate job.yaml`"
 
 
-def _jsonl_records(path: Path, lines: Iterator[str] | Any) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError([_syntax(path, number, error)]) from error
-            except RecursionError as error:
-                raise DataError([f"{path}:{number}: nested too deeply"]) from error
-
-
-def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    decoder = json.JSONDecoder()
-    blank = " \t\r\n"
-    position, line, counted = _skip(text, 0, blank), 1, 0
-    one_line = "\n" not in text.strip()
-    if not text[position:]:
-        raise DataError([f"{path}: the file is empty"])
-    if text[position] != "[":
-        where = text.count("\n", 0, position) + 1
-        raise DataError(
-            [f"{path}:{where}: expected a JSON list of conversations (or a .jsonl file)"]
-        )
-    position, index = _skip(text, position + 1, blank), 0
-    while position < len(text) and text[position] != "]":
-        try:
-            record, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError([_syntax(path, error.lineno, error)]) from error
-        except RecursionError as error:
-            raise DataError([f"{path}: record {index} is nested too deeply"]) from error
-        line += text.count("\n", counted, position)
-        counted = position
-        yield f"{path}[{index}]" if one_line else f"{path}:{line}", record
-        index += 1
-        position = _skip(text, end, blank)
-        if position < len(text) and text[position] == ",":
-            position = _skip(text, position + 1, blank)
-            if text[position : position + 1] == "]":
-                where = text.count("\n", 0, position) + 1
-                raise DataError([f"{path}:{where}: not valid JSON: a comma before ']'"])
-        elif position >= len(text) or text[position] != "]":
-            break
-    line = text.count("\n", 0, position) + 1
-    if position >= len(text) or text[position] != "]":
-        found = f"found {text[position]!r}" if position < len(text) else "the file ends"
-        raise DataError([f"{path}:{line}: not valid JSON: expected ',' or ']', but {found}"])
-    if text[position + 1 :].strip():
-        raise DataError([f"{path}:{line}: not valid JSON: text after the closing ']'"])
-
-
-def _skip(text: str, position: int, characters: str) -> int:
-    while position < len(text) and text[position] in characters:
-        position += 1
-    return position
-
-
-def _syntax(path: Path, line: int, error: json.JSONDecodeError) -> str:
-    return f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno})"
-
-
-def read(paths: Sequence[Path]) -> list[Conversation]:
+def read(
+    paths: Sequence[Path], ignored: IgnoredKeys | None = None, *, shown: int = 30
+) -> list[Conversation]:
     """Read and check all files.
 
+    Args:
+        ignored: counts the keys that mean nothing here.
+        shown: faults that the error's message has; the rest is counted.
+
     Raises:
-        DataError: with every fault of every file at once; a file without conversations is one.
+        DataError: with the faults of all files at once; a file without conversations is one.
     """
     conversations: list[Conversation] = []
-    faults: list[str] = []
+    faults = Faults()
+    ignored = IgnoredKeys() if ignored is None else ignored
     for path in paths:
-        before = len(conversations)
-        index = 0
-        try:
-            for index, (where, record) in enumerate(records(path), 1):
-                checked = _check(record, where, str(index - 1))
-                if isinstance(checked, Conversation):
-                    conversations.append(checked)
-                else:
-                    faults += checked
-        except DataError as error:
-            faults += error.faults
-            continue
-        if index == 0 and len(conversations) == before:
-            faults.append(f"{path}: no conversations in the file")
-    if faults:
-        raise DataError(faults, remedy=f"mend the data; {SEE} lists all faults")
+        before = len(conversations), faults.count
+        for index, (where, record) in enumerate(records(path, faults)):
+            conversation = _Check(where, faults, ignored).conversation(record, str(index))
+            if conversation is not None:
+                conversations.append(conversation)
+        if (len(conversations), faults.count) == before:
+            faults.add(f"{path}: no conversations in the file")
+    if faults.count:
+        more = f"; {SEE} lists more of them" if shown < faults.count and shown < Faults.KEPT else ""
+        raise faults.error(remedy=f"mend the data{more}", shown=shown)
     return conversations
 
 
-def _check(record: Any, where: str, default_id: str) -> Conversation | list[str]:
-    if not isinstance(record, dict):
-        return [f"{where}: a conversation must be an object, not {_kind(record)}"]
-    key = next((k for k in ("conversations", "messages") if k in record), None)
-    if key is None:
-        return [f"{where}: neither `conversations` nor `messages` in the record"]
-    raw = record[key]
-    name = record.get("id")
-    name = str(name) if isinstance(name, str | int) else default_id
-    if not isinstance(raw, list):
-        return [f"{where}: conversation {name!r}: `{key}` must be a list, not {_kind(raw)}"]
-    turns: list[Turn] = []
-    faults: list[str] = []
-    for number, turn in enumerate(raw, 1):
-        checked = _check_turn(turn)
-        if isinstance(checked, Turn):
-            turns.append(checked)
-        else:
-            faults.append(f"{where}: conversation {name!r}, turn {number}: {checked}")
-    if not faults and not any(turn.role == "assistant" for turn in turns):
-        faults.append(
-            f"{where}: conversation {name!r} has no assistant turn, there is nothing to learn"
-        )
-    return faults or Conversation(name, where, tuple(turns))
+class _Check:
+    """The check of one record."""
+
+    def __init__(self, where: str, faults: Faults, ignored: IgnoredKeys) -> None:
+        self._where, self._faults, self._ignored = where, faults, ignored
+
+    def _fault(self, what: str) -> None:
+        self._faults.add(f"{self._where}: {what}")
+
+    def conversation(self, record: Any, default_id: str) -> Conversation | None:
+        """The conversation of a record; None when it has faults."""
+        place, before = self._where, self._faults.count
+        key = self._turns_key(record)
+        if key is None:
+            return None
+        name = record.get("id")
+        if isinstance(name, bool) or not isinstance(name, str | int | float):
+            if name is not None:
+                self._ignored.add("conversation", ["id"])
+            name = default_id
+        name = _printable(str(name))
+        self._where = f"{place}: conversation {brief(name)}"
+        raw = record[key]
+        if not isinstance(raw, list):
+            decode = isinstance(raw, str) and raw.lstrip()[:1] in ("[", "{")
+            hint = "; it is JSON within a text, which has to be decoded first" if decode else ""
+            self._fault(f"`{key}` must be a list, not {kind(raw)}{hint}")
+            return None
+        keys = sort_keys(record, RECORD_KEYS, "conversation")
+        self._ignored.add("conversation", keys.ignored)
+        default, faults = flagged(keys.flags)
+        for fault in [*keys.faults, *faults]:
+            self._fault(fault)
+        turns = list(self._turns(raw, default is not False))
+        turns = self._with_system(keys.system, turns)
+        if self._faults.count > before:
+            return None
+        if not any(turn.role == "assistant" for turn in turns):
+            self._fault("no assistant turn, there is nothing to learn")
+            return None
+        return Conversation(name, place, tuple(turns))
+
+    def _turns_key(self, record: Any) -> str | None:
+        if not isinstance(record, dict):
+            hint = '; write {"conversations": [...]}' if isinstance(record, list) else ""
+            self._fault(f"a conversation must be an object, not {kind(record)}{hint}")
+            return None
+        there = [key for key in TURNS if key in record]
+        filled = [key for key in there if record[key] not in (None, [], "")]
+        if not there:
+            self._fault(f"neither `conversations` nor `messages` in the record{form_of(record)}")
+            return None
+        if len(filled) == 2:
+            self._fault("both `conversations` and `messages` are filled; keep one of them")
+            return None
+        # An export with both columns has null or an empty list in one of them.
+        return (filled or [key for key in there if record[key] is not None] or there)[0]
+
+    def _turns(self, raw: Sequence[Any], default: bool) -> Iterator[Turn]:
+        """The turns without faults."""
+        conversation = self._where
+        for number, turn in enumerate(raw, 1):
+            self._where = f"{conversation}, turn {number}"
+            if not isinstance(turn, dict):
+                self._fault(f"a turn must be an object, not {kind(turn)}")
+            elif (checked := self._turn(turn, default)) is not None:
+                yield checked
+        self._where = conversation
+
+    def _turn(self, turn: dict[str, Any], default: bool) -> Turn | None:
+        """A turn; None when it has faults.
+
+        Args:
+            default: whether an answer without a flag of its own is trained on.
+        """
+        before = self._faults.count
+        wanted, called = None, False
+        if not turn.keys() <= TURN_KEYS:
+            keys = sort_keys(turn, TURN_KEYS, "turn")
+            self._ignored.add("turn", keys.ignored)
+            wanted, faults = flagged(keys.flags)
+            for fault in [*keys.faults, *faults]:
+                self._fault(fault)
+            called = bool(keys.faults)
+        role = self._role(turn)
+        # A call of a tool has no text: that is not a second mistake.
+        text = None if called else self._text(turn)
+        if wanted and role in ("system", "user"):
+            what = "question" if role == "user" else "system text"
+            self._fault(f"a flag asks to train on a {what}, but only answers are trained on")
+        if role is None or text is None or self._faults.count > before:
+            return None
+        return Turn(role, text, role != "assistant" or (default if wanted is None else wanted))
+
+    def _role(self, turn: Mapping[str, Any]) -> Role | None:
+        given = [turn[key] for key in ROLE_KEYS if turn.get(key) not in (None, "")]
+        if not given:
+            has = ", ".join(quoted(key) for key in list(turn)[:5])
+            self._fault(f"neither `from` nor `role`{'; it has ' if has else ''}{has}")
+            return None
+        for name in given:
+            if not isinstance(name, str) or name not in ROLES:
+                tool = name in TOOL_ROLES
+                why = "tools are not supported" if tool else f"known: {', '.join(ROLES)}"
+                self._fault(f"unknown role {brief(name)}; {why}")
+                return None
+        if ROLES[given[0]] != ROLES[given[-1]]:
+            self._fault("`from` and `role` differ; keep one of them")
+        return ROLES[given[0]]
+
+    def _text(self, turn: Mapping[str, Any]) -> str | None:
+        """The text of `value` or `content`; either may stand beside `from` and beside `role`."""
+        given = [key for key in TEXT_KEYS if turn.get(key) is not None]
+        if len(given) == 2:
+            given = [key for key in given if turn[key] != ""] or given
+        usual = "value" if "from" in turn else "content"
+        texts = [self._checked(key, turn.get(key)) for key in given or [usual]]
+        if None not in texts and texts[0] != texts[-1]:
+            self._fault("`value` and `content` differ; keep one of them")
+        return texts[0]
+
+    def _checked(self, key: str, text: Any) -> str | None:
+        if not isinstance(text, str):
+            hint = "; parts are not supported, write the text itself" * isinstance(text, list)
+            self._fault(f"{quoted(key)} must be text, not {kind(text)}{hint}")
+            return None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            self._fault(
+                f"{quoted(key)} has a lone surrogate (U+{ord(text[error.start]):04X}, character "
+                f"{error.start + 1}), which is not valid Unicode: half of a character was cut off"
+            )
+            return None
+        return text
+
+    def _with_system(self, found: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+        """The turns with the system text that stands beside them."""
+        texts = [self._checked(key, value) for key, value in found.items()]
+        if not texts or None in texts:
+            return turns
+        if len(set(texts)) > 1:
+            self._fault(f"{' and '.join(map(quoted, found))} differ; keep one of them")
+            return turns
+        system = Turn("system", str(texts[0]))
+        if any(t.role == "system" and t.text.strip() and t.text != system.text for t in turns):
+            name = quoted(next(iter(found)))
+            self._fault(f"{name} differs from the system turn; keep one of them")
+        rest = turns[1:] if turns and turns[0].role == "system" else turns
+        return [system, *rest]
 
 
-def _check_turn(turn: Any) -> Turn | str:
-    if not isinstance(turn, dict):
-        return f"a turn must be an object, not {_kind(turn)}"
-    pair = next((p for p in (("from", "value"), ("role", "content")) if p[0] in turn), None)
-    if pair is None:
-        return "neither `from` nor `role`"
-    role, text = turn[pair[0]], turn.get(pair[1])
-    if not isinstance(role, str) or role not in ROLES:
-        return f"unknown role {role!r}; known: {', '.join(ROLES)}"
-    if not isinstance(text, str):
-        return f"`{pair[1]}` must be text, not {_kind(text)}"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "the text has a lone surrogate, which is not valid Unicode"
-    return Turn(ROLES[role], text)
+def _printable(name: str) -> str:
+    """An id that can stand in any message."""
+    name = name if len(name) <= 200 else name[:197] + "..."
+    return name if name.isprintable() else brief(name)[1:-1]
 
 
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+# --- from conversations to what is trained on ------------------------------------------------
 
 
 def trainable(conversation: Conversation) -> tuple[Trainable | None, Counter[str]]:
@@ -231,7 +289,7 @@ def trainable(conversation: Conversation) -> tuple[Trainable | None, Counter[str
 
     Returns:
         What can be trained on, or None, and the number of turns lost by reason
-        (`no_complete_exchange` counts conversations).
+        (`no_complete_exchange` and `no_trained_answer` count conversations).
     """
     lost: Counter[str] = Counter()
     turns = list(conversation.turns)
@@ -254,37 +312,57 @@ def trainable(conversation: Conversation) -> tuple[Trainable | None, Counter[str
         if not turns[0].text or not turns[1].text:
             lost["empty_turn"] += len(turns)
             break
-        exchanges.append(Exchange(turns[0].text, turns[1].text))
+        exchanges.append(Exchange(turns[0].text, turns[1].text, turns[1].trained))
         del turns[:2]
-    if not exchanges:
-        lost["no_complete_exchange"] += 1
-        lost["system_turn"] += system is not None
-        return None, +lost
-    return Trainable(conversation.id, conversation.where, system, tuple(exchanges)), lost
+    lost["untrained_answer"] += sum(not exchange.trained for exchange in exchanges)
+    if any(exchange.trained for exchange in exchanges):
+        return Trainable(conversation.id, conversation.where, system, tuple(exchanges)), +lost
+    lost["no_trained_answer" if exchanges else "no_complete_exchange"] += 1
+    lost["system_turn"] += system is not None
+    return None, +lost
 
 
-def read_trainable(paths: Sequence[Path]) -> tuple[list[Trainable], Counter[str], int]:
-    """All conversations cut to what is trained on, what was lost, and how many were read.
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What the files of a job come to.
+
+    Args:
+        count: conversations that were read.
+        lost: what is not trained on, by reason.
+        ignored: as from `IgnoredKeys.counted`.
+    """
+
+    conversations: list[Trainable]
+    count: int
+    lost: Counter[str]
+    ignored: Mapping[str, Mapping[str, int]]
+
+
+def read_trainable(paths: Sequence[Path]) -> TrainingData:
+    """All conversations, cut to what is trained on.
 
     Raises:
         DataError: faults of the files, or nothing to train on.
     """
-    conversations = read(paths)
+    ignored = IgnoredKeys()
+    conversations = read(paths, ignored)
     kept, lost = cut(conversations)
     if not kept:
         raise DataError([NOTHING_LEFT], remedy=f"{SEE} shows what was dropped and why")
-    return kept, lost, len(conversations)
+    return TrainingData(kept, len(conversations), lost, ignored.counted())
 
 
-NOTHING_LEFT = "no conversation has a complete exchange, there is nothing to train on"
-SEE = "`sft-job data validate job.yaml`"
+NOTHING_LEFT = "no conversation has a complete exchange whose answer is to be trained on"
+
+# C0 without tab and line ends, DEL, C1: legal in JSON as escapes, rarely meant.
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def cut(conversations: Sequence[Conversation]) -> tuple[list[Trainable], Counter[str]]:
     """What is trained on of all conversations, and what was lost, by reason.
 
     An exact copy of an earlier conversation is kept, since repeating one is a way to weight
-    it, and counted (`duplicate`).
+    it, and counted (`duplicate`); so are turns with control characters (`control_characters`).
     """
     lost: Counter[str] = Counter()
     seen: set[tuple[Turn, ...]] = set()
@@ -292,6 +370,9 @@ def cut(conversations: Sequence[Conversation]) -> tuple[list[Trainable], Counter
     for conversation in conversations:
         lost["duplicate"] += conversation.turns in seen
         seen.add(conversation.turns)
+        lost["control_characters"] += sum(
+            CONTROL.search(turn.text) is not None for turn in conversation.turns
+        )
         whole, losses = trainable(conversation)
         lost += losses
         if whole is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sft_job import cli
 from sft_job.config import load
@@ -18,8 +19,10 @@ from sft_job.conversations import (
     trainable,
 )
 from sft_job.errors import DataError
+from sft_job.formats import IgnoredKeys, ignored_line
 from sft_job.plan import lost_lines
 from sft_job.prepared import Prepared, find_prepared, write_stamp
+from sft_job.records import Faults
 from sft_job.rundir import CacheDir
 from sft_job.schema import JobConfig
 
@@ -34,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     for command in (check, encode, look):
         cli.add_job_arguments(command)
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what is in the data can be in any script
+        sys.stdout.reconfigure(errors="backslashreplace")
     config = load(args.job, args.overrides)
     if args.command == "validate":
         validate(config)
@@ -52,16 +57,23 @@ def validate(config: JobConfig) -> None:
     Raises:
         DataError: every fault of every file.
     """
-    conversations = read(config.data.files())
+    ignored = IgnoredKeys()
+    conversations = read(config.data.files(), ignored, shown=Faults.KEPT)
     kept, lost = cut(conversations)
-    answers = sum(len(conversation.exchanges) for conversation in kept)
+    answers = sum(exchange.trained for one in kept for exchange in one.exchanges)
     print(
         f"{len(conversations):,} conversations read, {len(kept):,} to train on, {answers:,} answers"
     )
-    if lost:
-        print("\n".join(["not trained on:", *lost_lines(dict(sorted(lost.items())))]))
+    _print_losses(lost, ignored.counted())
     if not kept:
         raise DataError([NOTHING_LEFT])
+
+
+def _print_losses(lost: Mapping[str, int], ignored: Mapping[str, Mapping[str, int]]) -> None:
+    if lines := lost_lines(dict(sorted(lost.items()))):
+        print("\n".join(["not trained on:", *lines]))
+    if line := ignored_line(ignored):
+        print(line)
 
 
 def encode_job(config: JobConfig) -> Prepared:
@@ -76,7 +88,7 @@ def encode_job(config: JobConfig) -> Prepared:
     ready = find_prepared(config)
     if ready is None:
         # Before the imports: a fault of the data is found sooner than torch is loaded.
-        conversations, _, _ = read_trainable(config.data.files())
+        conversations = read_trainable(config.data.files()).conversations
         os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU; else it warns
         from transformers.utils.logging import disable_progress_bar
 
@@ -93,6 +105,7 @@ def encode_job(config: JobConfig) -> Prepared:
     stats = ready.stats
     tokens = f", {sum(stats.lengths):,} tokens" if stats.lengths is not None else ""
     print(f"{stats.conversations:,} conversations -> {stats.samples:,} samples{tokens}")
+    _print_losses(stats.lost, stats.ignored_keys)
     print(f"model {ready.model_folder}\ndata  {ready.data_folder}")
     return ready
 

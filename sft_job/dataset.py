@@ -81,12 +81,14 @@ def build(config: JobConfig, tokenizer: Any) -> Path:
         folder = folder.with_name(folder.name + "-text")
     if is_intact(folder):
         return folder
-    conversations, lost, count = read_trainable(config.data.files())
+    found = read_trainable(config.data.files())
+    conversations, lost = found.conversations, found.lost
     stride = max(1, len(conversations) // CHECKED)
     check_tokenizer(tokenizer, encoder, conversations[::stride])
     meta = {
         "fingerprint": identity,
-        "conversations": count,
+        "conversations": found.count,
+        "ignored_keys": found.ignored,
         "begin": tokenizer.bos_token if encoder.spec.begin else None,
         "end": tokenizer.eos_token,
     }

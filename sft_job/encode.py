@@ -124,15 +124,22 @@ def _backend(text: str) -> tokenizers.Tokenizer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Encoded:
-    """One tokenised segment: ids with the end-of-sequence id, and where supervision begins."""
+    """One tokenised segment: ids with the end-of-sequence id, and where its answer begins.
+
+    Args:
+        first: the answer's first token.
+        straddling: 1 where a token before it has a part of the answer.
+        trained: whether the answer is supervised.
+    """
 
     input_ids: np.ndarray
     first: int
     straddling: int
+    trained: bool
 
     @property
     def supervised(self) -> np.ndarray:
-        return np.arange(len(self.input_ids)) >= self.first
+        return (np.arange(len(self.input_ids)) >= self.first) & self.trained
 
 
 class Encoder:
@@ -169,8 +176,8 @@ class Encoder:
         result = []
         for conversation, segments in zip(conversations, rendered, strict=True):
             encoded = [next(firsts), *(next(others) for _ in segments[1:])]
-            lost["straddling_token"] += sum(e.straddling for e in encoded)
-            length = len(self.spec.begin) + sum(len(e.input_ids) for e in encoded)
+            lost["straddling_token"] += sum(e.straddling for e in encoded if e.trained)
+            length = self._length(encoded)
             if length <= self.seq_len:
                 result.append([self._sample(encoded)])
                 continue
@@ -234,7 +241,8 @@ class Encoder:
                 f"the tokenizer's offsets do not follow the text: {segment.text!r}",
                 remedy="this tokenizer cannot be used; report it with this text",
             )
-        return _Encoded(np.array([*ids, self.spec.end], dtype=np.uint32), first, straddling)
+        input_ids = np.array([*ids, self.spec.end], dtype=np.uint32)
+        return _Encoded(input_ids, first, straddling, segment.trained)
 
     def _sample(self, encoded: Sequence[_Encoded]) -> Sample:
         begin = np.array(self.spec.begin, dtype=np.uint32)
@@ -246,43 +254,60 @@ class Encoder:
         return sample
 
     def _check_invariant(self, sample: Sample, encoded: Sequence[_Encoded]) -> None:
-        """Every answer ends in a supervised stop token; nothing else begins or ends a run."""
+        """Supervised runs are exactly the trained answers, each through its stop token."""
         edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.supervised, [0]])))
-        stops = edges[1::2] - 1
-        ends = np.cumsum([len(e.input_ids) for e in encoded]) + len(self.spec.begin) - 1
-        if not np.array_equal(stops, ends) or (sample.input_ids[stops] != self.spec.end).any():
-            raise AssertionError("labels are not exactly the answers and their stop tokens")
+        ends = np.cumsum([len(e.input_ids) for e in encoded]) + len(self.spec.begin)
+        expected = [
+            (end - len(e.input_ids) + e.first, end)
+            for e, end in zip(encoded, ends, strict=True)
+            if e.trained
+        ]
+        stops = sample.input_ids[edges[1::2] - 1]
+        if (
+            edges.tolist() != [edge for run in expected for edge in run]
+            or (stops != self.spec.end).any()
+        ):
+            raise AssertionError("labels are not exactly the trained answers and their stop tokens")
 
     def _truncated(self, encoded: Sequence[_Encoded], lost: Counter[str]) -> list[Sample]:
-        whole = self._sample(encoded)
-        kept = whole.supervised[: self.seq_len]
-        lost["overlong_tokens"] += len(whole.input_ids) - self.seq_len
-        lost["overlong_supervised_tokens"] += int(whole.supervised.sum() - kept.sum())
-        if not kept.any():
-            lost["overlong_nothing_left"] += 1
-            return []
-        return [Sample(whole.input_ids[: self.seq_len], kept)]
+        """The first seq_len tokens; nothing when no token of a trained answer is among them."""
+        if any(e.trained for e in encoded):
+            whole = self._sample(encoded)
+            kept = whole.supervised[: self.seq_len]
+            lost["overlong_supervised_tokens"] += int(whole.supervised.sum() - kept.sum())
+            if kept.any():
+                lost["overlong_tokens"] += len(whole.input_ids) - len(kept)
+                return [Sample(whole.input_ids[: self.seq_len], kept)]
+        lost["overlong_nothing_left"] += 1
+        lost["overlong_tokens"] += self._length(encoded)
+        return []
+
+    def _length(self, encoded: Sequence[_Encoded]) -> int:
+        return len(self.spec.begin) + sum(len(e.input_ids) for e in encoded)
 
     def _split(
         self, conversation: Trainable, encoded: Sequence[_Encoded], lost: Counter[str]
     ) -> list[Sample]:
-        """Parts of whole exchanges, each with the system text, each as long as it may be."""
+        """Parts of whole exchanges, each with the system text, each as long as it may be.
+
+        A part without an answer to train on is dropped.
+        """
         exchanges = conversation.exchanges
         samples: list[Sample] = []
         start = 0
         while start < len(exchanges):
             head = self.template.render(conversation.system, exchanges[start : start + 1])
             part = [encoded[0]] if start == 0 else self._tokenize(self._first, head)
-            length = len(self.spec.begin) + len(part[0].input_ids)
+            length = self._length(part)
             end = start + 1
             while end < len(exchanges) and length + len(encoded[end].input_ids) <= self.seq_len:
                 length += len(encoded[end].input_ids)
                 part.append(encoded[end])
                 end += 1
-            if length > self.seq_len:
-                samples += self._truncated(part, lost)
-            else:
+            if length <= self.seq_len and any(e.trained for e in part):
                 samples.append(self._sample(part))
+            else:
+                samples += self._truncated(part, lost)
             start = end
         return samples
 

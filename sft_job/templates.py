@@ -21,10 +21,12 @@ from sft_job.conversations import Exchange
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One exchange as text; `text[boundary:]` and the end-of-sequence id are supervised."""
+    """One exchange as text; `text[boundary:]` and the end-of-sequence id are its answer."""
 
     text: str
     boundary: int
+    trained: bool = True
+    """Whether the answer is supervised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class Template:
         for index, exchange in enumerate(exchanges):
             head = f"{system or self.system} " if index == 0 else ""
             prompt = f"{head}{self.user}{exchange.user}{self.assistant}"
-            segments.append(Segment(f"{prompt}{self.answer}{exchange.assistant}", len(prompt)))
+            text = f"{prompt}{self.answer}{exchange.assistant}"
+            segments.append(Segment(text, len(prompt), exchange.trained))
         return segments
 
     def jinja(self, start: str) -> str:

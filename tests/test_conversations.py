@@ -1,4 +1,4 @@
-"""Reading conversations: both forms, every fault with its place, and what is cut."""
+"""Conversations: both forms, every fault of a record with its place, and what is cut."""
 
 import json
 from collections import Counter
@@ -16,8 +16,8 @@ from sft_job.conversations import (
     Exchange,
     Trainable,
     Turn,
+    cut,
     read,
-    records,
     trainable,
 )
 from sft_job.errors import DataError
@@ -101,52 +101,6 @@ def test_files_are_read_in_the_given_order(tmp_path):
     assert [conversation.id for conversation in read([first, second])] == ["b1", "b2", "a1"]
 
 
-# --- places --------------------------------------------------------------------------------
-
-
-def test_the_place_in_a_json_list_is_the_line_of_the_record(tmp_path):
-    """Where the record's bracket opens."""
-    path = tmp_path / "d.json"
-    path.write_text('\n[\n  {"id": 1},\n\n  {"id": 2,\n   "x": [3]},\n  {"id": 3}\n]\n')
-    places = [where.removeprefix(str(path)) for where, _ in records(path)]
-    assert places == [":3", ":5", ":7"]
-
-
-def test_the_place_in_a_one_line_list_is_the_index(tmp_path):
-    """Everything is in line 1, so the record's index is named."""
-    path = write(tmp_path / "d.json", [1, 2, 3])
-    assert [where for where, _ in records(path)] == [f"{path}[{index}]" for index in range(3)]
-
-
-def test_the_place_in_jsonl_is_the_line(tmp_path):
-    """Blank lines are no records and are counted."""
-    path = tmp_path / "d.jsonl"
-    path.write_text('{"id": 1}\n\n  \n{"id": 2}')
-    assert list(records(path)) == [(f"{path}:1", {"id": 1}), (f"{path}:4", {"id": 2})]
-
-
-@given(
-    st.lists(
-        st.recursive(
-            st.none() | st.booleans() | st.integers() | st.text(),
-            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-            max_leaves=8,
-        )
-    ),
-    st.sampled_from([None, 0, 2]),
-    st.booleans(),
-)
-def test_a_json_list_is_read_as_json_reads_it(tmp_path_factory, values, indent, ascii_only):
-    """Record by record, whatever is in the strings and however it is laid out."""
-    path = tmp_path_factory.getbasetemp() / "any.json"
-    text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
-    path.write_text(text, encoding="utf-8", newline="")
-    found = list(records(path))
-    assert [value for _, value in found] == json.loads(text)
-    lines = [int(where.rpartition(":")[2]) for where, _ in found if where[-1] != "]"]
-    assert lines == sorted(lines)
-
-
 # --- faults of a record --------------------------------------------------------------------
 
 
@@ -158,16 +112,21 @@ def test_a_json_list_is_read_as_json_reads_it(tmp_path_factory, values, indent, 
             "unknown role 'bot'; known: system, human, user, gpt, assistant",
         ),
         ({"from": "GPT", "value": "a"}, "unknown role 'GPT'; known: "),
-        ({"from": None, "value": "a"}, "unknown role None; known: "),
+        ({"from": None, "value": "a"}, "neither `from` nor `role`; it has `from`, `value`"),
+        ({"from": 5, "value": "a"}, "unknown role 5; known: "),
         ({"from": ["gpt"], "value": "a"}, "unknown role ['gpt']; known: "),
         ({"value": "a"}, "neither `from` nor `role`"),
         ({"from": "gpt"}, "`value` must be text, not nothing"),
         ({"from": "gpt", "value": None}, "`value` must be text, not nothing"),
-        ({"from": "gpt", "value": 5}, "`value` must be text, not int '5'"),
-        ({"role": "assistant", "content": ["a"]}, "`content` must be text, not list"),
-        ({"role": "assistant", "value": "a"}, "`content` must be text, not nothing"),
-        ({"from": "gpt", "value": "a\ud83d"}, "the text has a lone surrogate"),
-        ("gpt: a", "a turn must be an object, not str 'gpt: a'"),
+        ({"from": "gpt", "value": 5}, "`value` must be text, not number 5"),
+        ({"from": "gpt", "value": False}, "`value` must be text, not false"),
+        ({"from": "gpt", "value": {}}, "`value` must be text, not object {}"),
+        ({"role": "assistant", "content": ["a"]}, "`content` must be text, not list ['a']"),
+        ({"role": "assistant", "content": 0}, "`content` must be text, not number 0"),
+        ({"role": "assistant"}, "`content` must be text, not nothing"),
+        ({"from": "gpt", "value": "a\ud83d"}, "`value` has a lone surrogate (U+D83D, character 2)"),
+        ("gpt: a", "a turn must be an object, not text 'gpt: a'"),
+        (None, "a turn must be an object, not nothing"),
     ],
 )
 def test_a_wrong_turn_is_named_with_its_number(turn, expected, tmp_path):
@@ -180,17 +139,17 @@ def test_a_wrong_turn_is_named_with_its_number(turn, expected, tmp_path):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("text", "a conversation must be an object, not str 'text'"),
+        ("text", "a conversation must be an object, not text 'text'"),
         (None, "a conversation must be an object, not nothing"),
-        ([], "a conversation must be an object, not list '[]'"),
+        ([], "a conversation must be an object, not list []; write {"),
         ({"id": "c1"}, "neither `conversations` nor `messages` in the record"),
         (
             {"id": "c1", "conversations": "q"},
-            "conversation 'c1': `conversations` must be a list, not str 'q'",
+            "conversation 'c1': `conversations` must be a list, not text 'q'",
         ),
         (
             {"id": "c1", "messages": {"role": "user"}},
-            "conversation 'c1': `messages` must be a list, not dict",
+            "conversation 'c1': `messages` must be a list, not object {'role': 'user'}",
         ),
         (
             {"id": "c1", "conversations": None},
@@ -198,11 +157,11 @@ def test_a_wrong_turn_is_named_with_its_number(turn, expected, tmp_path):
         ),
         (
             {"id": "c1", "conversations": []},
-            "conversation 'c1' has no assistant turn, there is nothing to learn",
+            "conversation 'c1': no assistant turn, there is nothing to learn",
         ),
         (
             {"id": "c1", "conversations": ANSWERED[:1]},
-            "conversation 'c1' has no assistant turn, there is nothing to learn",
+            "conversation 'c1': no assistant turn, there is nothing to learn",
         ),
     ],
 )
@@ -238,85 +197,58 @@ def test_a_surrogate_pair_is_valid_unicode(tmp_path):
     assert read([path])[0].turns[0].text == "🦜"
 
 
-# --- faults of a file ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("d.json", "[\n{},\n{]\n", "d.json:3: not valid JSON: "),
-        ("d.json", '[\n{"a": 1}\n{"b": 2}]', "d.json:3: not valid JSON: expected ',' or ']'"),
-        ("d.json", "[\n{},\n", "d.json:3: not valid JSON: expected ',' or ']', but the file ends"),
-        ("d.json", "[\n1\n", "d.json:3: not valid JSON: expected ',' or ']', but the file ends"),
-        ("d.json", "[]\n[]", "d.json:1: not valid JSON: text after the closing ']'"),
-        ("d.json", '[{"a": "b\n"}]', "d.json:1: not valid JSON: Invalid control character"),
-        ("d.json", '{"a": 1}', "d.json:1: expected a JSON list of conversations (or a .jsonl"),
-        ("d.json", "", "d.json: the file is empty"),
-        ("d.json", " \n\t\n", "d.json: the file is empty"),
-        ("d.json", "[]", "d.json: no conversations in the file"),
-        ("d.json", "[\n]\n", "d.json: no conversations in the file"),
-        ("d.jsonl", "", "d.jsonl: no conversations in the file"),
-        ("d.jsonl", "\n\n", "d.jsonl: no conversations in the file"),
-    ],
-)
-def test_a_file_that_is_no_list_of_conversations_is_named(name, text, expected, tmp_path):
-    """File and line, and what was expected."""
-    path = tmp_path / name
-    path.write_text(text)
-    found = faults(path)
-    assert found[-1].startswith(expected)
-
-
-def test_a_syntax_error_in_jsonl_has_its_line_and_column(tmp_path):
-    """The line of the file, not of the record."""
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps(record()) + '\n\n{"id": 3,}\n')
-    (found,) = faults(path)
-    assert found.startswith("d.jsonl:3: not valid JSON: ")
-    assert found.endswith("(column 10)")
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    """What the system says, with the path."""
-    assert faults(tmp_path / "d.json") == ["d.json: cannot be read: No such file or directory"]
-
-
-def test_a_file_that_is_no_text_is_named(tmp_path):
-    """With the byte at which it stops being UTF-8."""
-    (tmp_path / "d.json").write_bytes(b'["\xff"]')
-    assert faults(tmp_path / "d.json") == ["d.json: not UTF-8 text (byte 2)"]
-
-
 def test_all_faults_of_all_files_are_reported_at_once(tmp_path):
     """A broken file does not hide the faults before it or in the next one."""
     first = tmp_path / "a.jsonl"
     first.write_text('{"id": 1}\n{"id": 2,}\n')
     second = write(tmp_path / "b.json", [record(), 5, record({"from": "gpt"})])
     third = write(tmp_path / "c.json", [])
-    found = faults(first, second, third)
+    found = faults(first, second, third, tmp_path / "none.json")
     assert [fault.partition(": ")[0] for fault in found] == [
         "a.jsonl:1",
         "a.jsonl:2",
         "b.json[1]",
         "b.json[2]",
         "c.json",
+        "none.json",
     ]
+    assert found[-2] == "c.json: no conversations in the file"
 
 
 def test_the_message_says_what_next(tmp_path):
-    """How to see all of them."""
-    with pytest.raises(DataError, match=r"-> mend the data; `sft-job data validate job\.yaml`"):
-        read([write(tmp_path / "d.json", [5])])
+    """And where more of the faults are, when there are more."""
+    path = write(tmp_path / "d.json", [5])
+    with pytest.raises(DataError, match=r"-> mend the data$"):
+        read([path])
+    write(path, [5] * 31)
+    with pytest.raises(DataError, match=r"-> mend the data; `sft-job data validate job\.yaml` lis"):
+        read([path])
+
+
+def test_a_value_in_a_message_is_short(tmp_path):
+    """However large or deep it is."""
+    deep: list = []
+    for _ in range(800):
+        deep = [deep]
+    values = [["x" * 10_000], list(range(10_000)), dict.fromkeys(map(str, range(10_000))), deep]
+    turns = [{"from": "gpt", "value": value} for value in [*values, 10**4000]]
+    turns.append({"from": "x" * 10_000, "value": ""})
+    found = faults(write(tmp_path / "d.json", [record(*turns, name="n" * 10_000)]))
+    assert len(found) == 6
+    assert max(map(len, found)) < 300
 
 
 # --- the cutting policy --------------------------------------------------------------------
 
 
 def conversation(script: str) -> Conversation:
-    """Turns from letters: s, u, a are system, user, assistant; a capital is an empty turn."""
-    roles = {"s": "system", "u": "user", "a": "assistant"}
+    """Turns from letters: s, u, a are system, user, assistant; a capital is an empty turn.
+
+    x is an answer that is flagged as not to be trained on.
+    """
+    roles = {"s": "system", "u": "user", "a": "assistant", "x": "assistant"}
     turns = [
-        Turn(roles[letter.lower()], "" if letter.isupper() else f"{letter}{number}")
+        Turn(roles[letter.lower()], "" if letter.isupper() else f"{letter}{number}", letter != "x")
         for number, letter in enumerate(script)
     ]
     return Conversation("c1", "d.json:1", tuple(turns))
@@ -326,7 +258,8 @@ def letters(cut: Trainable | None) -> str:
     """The turns that were kept, as `conversation` takes them."""
     if cut is None:
         return ""
-    return "s" * (cut.system is not None) + "ua" * len(cut.exchanges)
+    answers = ("ua" if exchange.trained else "ux" for exchange in cut.exchanges)
+    return "s" * (cut.system is not None) + "".join(answers)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +286,15 @@ def letters(cut: Trainable | None) -> str:
         # a question at the end
         ("uau", "ua", {"trailing_user_turn": 1}),
         ("auau", "ua", {"leading_assistant_turn": 1, "trailing_user_turn": 1}),
+        # answers that are flagged as not to be trained on stay, wherever they are
+        ("uxua", "uxua", {"untrained_answer": 1}),
+        ("suauxux", "suauxux", {"untrained_answer": 2}),
+        ("xuaux", "uaux", {"leading_assistant_turn": 1, "untrained_answer": 1}),
+        ("uauuax", "ua", {"wrong_order": 4}),
+        # and nothing else is left
+        ("ux", "", {"untrained_answer": 1, "no_trained_answer": 1}),
+        ("suxux", "", {"untrained_answer": 2, "no_trained_answer": 1, "system_turn": 1}),
+        ("uxuua", "", {"untrained_answer": 1, "wrong_order": 3, "no_trained_answer": 1}),
         # nothing is left
         ("a", "", {"leading_assistant_turn": 1, "no_complete_exchange": 1}),
         (
@@ -381,20 +323,29 @@ def test_what_is_kept_is_kept_whole():
 
 def test_a_trainable_conversation_has_exchanges_without_empty_text():
     """The type itself refuses what would teach nothing."""
-    for exchanges in ((), (Exchange("", "a"),), (Exchange("u", "a"), Exchange("u", ""))):
+    for exchanges in (
+        (),
+        (Exchange("", "a"),),
+        (Exchange("u", "a"), Exchange("u", "")),
+        (Exchange("u", "a", trained=False),),
+    ):
         with pytest.raises(ValueError, match=r"d\.json:1: not a trainable conversation"):
             Trainable("c1", "d.json:1", None, exchanges)
 
 
-scripts = st.text("suaSUA", max_size=10)
+scripts = st.text("suaxSUA", max_size=10)
 
 
 @given(scripts)
 def test_no_turn_is_lost_without_a_reason(script):
     """Turns kept and turns lost are the turns given."""
     cut, lost = trainable(conversation(script))
-    del lost["no_complete_exchange"]
-    assert len(letters(cut)) + lost.total() == len(script)
+    untrained, dropped = lost["untrained_answer"], lost["no_trained_answer"]
+    for reason in ("no_complete_exchange", "untrained_answer", "no_trained_answer"):
+        del lost[reason]
+    # Of a conversation whose answers are all flagged, the questions go as well.
+    assert len(letters(cut)) + lost.total() + dropped * 2 * untrained == len(script)
+    assert letters(cut).count("x") == (0 if dropped else untrained)
 
 
 @given(scripts)
@@ -402,11 +353,11 @@ def test_what_is_kept_are_turns_of_the_conversation_in_their_order(script):
     """Exchanges alternate, no text is empty, nothing is made up or moved."""
     given_turns = conversation(script).turns
     cut, lost = trainable(conversation(script))
-    assert (cut is None) == (lost["no_complete_exchange"] == 1)
+    assert (cut is None) == (lost["no_complete_exchange"] + lost["no_trained_answer"] == 1)
     if cut is not None:
         texts = [text for e in cut.exchanges for text in (e.user, e.assistant)]
         assert all(texts)
-        assert [text[0] for text in texts] == ["u", "a"] * len(cut.exchanges)
+        assert [text[0] for text in texts] == [*letters(cut).removeprefix("s")]
         start = next(i for i, turn in enumerate(given_turns) if turn.text == texts[0])
         assert [turn.text for turn in given_turns[start:][: len(texts)]] == texts
         assert cut.system in (None, given_turns[0].text)
@@ -417,6 +368,22 @@ def test_an_answered_first_question_is_never_lost(script):
     """A fault further down costs what follows it, not the conversation."""
     cut, _ = trainable(conversation(script))
     assert cut.exchanges[0] == Exchange("u0", "a1")
+
+
+def test_copies_are_counted_and_kept():
+    """With their flags: what is trained on differently is no copy."""
+    kept, lost = cut([conversation("uaua"), conversation("uaux"), *[conversation("uaua")] * 2])
+    assert [letters(one) for one in kept] == ["uaua", "uaux", "uaua", "uaua"]
+    assert lost == {"duplicate": 2, "untrained_answer": 1}
+
+
+def test_control_characters_are_counted_and_kept():
+    """Legal in JSON as escapes, and text like any other; tab and line ends are none."""
+    texts = ["a\x00b", "\x1b[1m", "\x7f", "\x92", "a\tb\r\n", "ä\u200b\ufeff"]
+    turns = [Turn("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
+    (kept,), lost = cut([Conversation("c1", "d.json:1", tuple(turns))])
+    assert [text for e in kept.exchanges for text in (e.user, e.assistant)] == texts
+    assert lost == {"control_characters": 4}
 
 
 def test_the_names_of_both_forms_mean_three_roles():
@@ -471,3 +438,40 @@ def test_validate_refuses_data_without_anything_to_train_on(job_file, capsys):
         data.validate(load(job_file))
     said = capsys.readouterr().out + str(caught.value)
     assert "1  assistant turns before any question, dropped" in said
+
+
+def test_validate_lists_the_keys_that_mean_nothing(job_file, capsys):
+    """After what is not trained on."""
+    values = [record() | {"source": "s"}, record(*[turn | {"time": 1} for turn in ANSWERED])]
+    write(job_file.parent / "conversations.json", values)
+    data.validate(load(job_file))
+    assert capsys.readouterr().out.splitlines() == [
+        "2 conversations read, 2 to train on, 2 answers",
+        "not trained on:",
+        "         1  conversations equal to an earlier one (kept)",
+        "keys that mean nothing here: time (2 turns), source (1 conversation)",
+    ]
+
+
+def test_validate_counts_the_answers_that_are_trained_on(job_file, capsys):
+    """Not those that are only context."""
+    turns = [ANSWERED[0], ANSWERED[1] | {"weight": 0}, *ANSWERED]
+    values = [record(*turns), record() | {"train": False}]
+    write(job_file.parent / "conversations.json", values)
+    data.validate(load(job_file))
+    assert capsys.readouterr().out.splitlines() == [
+        "2 conversations read, 1 to train on, 1 answers",
+        "not trained on:",
+        "         1  conversations without an answer that is to be trained on, dropped",
+        "         2  answers flagged as not to be trained on",
+    ]
+
+
+def test_validate_lists_more_faults_than_other_commands(job_file):
+    """They refer to it for that."""
+    write(job_file.parent / "conversations.json", list(range(2000)))
+    with pytest.raises(DataError) as caught:
+        data.validate(load(job_file))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2,000 faults of the data:"
+    assert lines[-2:] == ["  ... and 1,000 more", "  -> mend the data"]

@@ -6,6 +6,8 @@ import copy
 import functools
 import json
 import shutil
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import mistral_common
@@ -57,9 +59,13 @@ def encoder(tokenizer, seq_len: int = 512, overlong: str = "truncate") -> Encode
     return made
 
 
-def conversation(*texts: str, system: str | None = None) -> Trainable:
+def conversation(
+    *texts: str, system: str | None = None, untrained: Collection[int] = ()
+) -> Trainable:
+    """A conversation of these texts; answers are counted from 0."""
     pairs = zip(texts[::2], texts[1::2], strict=True)
-    return Trainable("c", "here", system, tuple(Exchange(a, b) for a, b in pairs))
+    exchanges = (Exchange(a, b, i not in untrained) for i, (a, b) in enumerate(pairs))
+    return Trainable("c", "here", system, tuple(exchanges))
 
 
 def one(tokenizer, *texts: str, **options) -> Sample:
@@ -275,6 +281,130 @@ def test_drop_and_error(small) -> None:
         encoder(small, 100, "error").encode([LONG])
 
 
+def runs(sample: Sample, tokenizer) -> list[str]:
+    """The text of each supervised run, its stop token included."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.supervised, [0]])))
+    return [tokenizer.decode(sample.input_ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("which", ["llama", "small"])
+@pytest.mark.parametrize("untrained", [{0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}])
+def test_an_untrained_answer_is_context(which: str, untrained: set[int], request) -> None:
+    """The ids stay as they are, its stop token too; labels are those of the other answers."""
+    tokenizer = request.getfixturevalue(which)
+    texts = ("q0", "sun", "q1", "moon", "q2", "star")
+    whole = one(tokenizer, *texts)
+    results, lost = encoder(tokenizer).encode([conversation(*texts, untrained=untrained)])
+    (sample,) = results[0]
+    assert sample.input_ids.tolist() == whole.input_ids.tolist()
+    ends = np.flatnonzero(whole.input_ids == tokenizer.eos_token_id)
+    expected = whole.supervised.copy()
+    for number in untrained:
+        start = ends[number - 1] + 1 if number else 0
+        expected[start : ends[number] + 1] = False
+    assert sample.supervised.tolist() == expected.tolist()
+    assert len(runs(sample, tokenizer)) == 3 - len(untrained)
+    assert +lost == {}
+
+
+def test_answers_of_either_kind_are_checked_in_every_sample(small, monkeypatch) -> None:
+    """A label too many or too few is found, whatever made it."""
+    enc = encoder(small)
+    told = conversation("a", "sun", "b", "moon", untrained={0})
+    for trained, shift in ((lambda e: True, 0), (lambda e: not e.trained, 0),
+                           (lambda e: e.trained, 1), (lambda e: e.trained, -1)):  # fmt: skip
+
+        def wrong(e, trained=trained, shift=shift):
+            return (np.arange(len(e.input_ids)) >= e.first + shift) & trained(e)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("sft_job.encode._Encoded.supervised", property(wrong))
+            with pytest.raises(AssertionError, match="exactly the trained answers"):
+                enc.encode([told])
+
+
+def test_truncation_keeps_what_is_trained_and_counts_the_rest(small) -> None:
+    """Untrained answers at either end change no label; without a trained one nothing is left."""
+    whole = encoder(small, 10_000).encode([LONG])[0][0][0]
+    ends = np.flatnonzero(whole.input_ids == small.eos_token_id) + 1
+    for untrained in ({0}, {5}, {0, 5}, {1, 2, 3, 4, 5}, {0, 1}):
+        told = untrain(LONG, untrained)
+        full = encoder(small, 10_000).encode([told])[0][0][0]
+        results, lost = encoder(small, 200).encode([told])
+        assert results[0][0].supervised.tolist() == full.supervised[:200].tolist()
+        assert lost["overlong_tokens"] == len(whole.input_ids) - 200
+        assert lost["overlong_supervised_tokens"] == full.supervised[200:].sum()
+    results, lost = encoder(small, int(ends[4])).encode([untrain(LONG, range(5))])
+    assert results == [[]]
+    assert lost["overlong_nothing_left"] == 1
+    assert lost["overlong_tokens"] == len(whole.input_ids)  # all of it
+    assert lost["overlong_supervised_tokens"] == whole.supervised[ends[4] :].sum()
+
+
+def test_split_drops_parts_without_a_trained_answer(small) -> None:
+    """Every trained answer is in one part, with its context; what is dropped is counted."""
+    enc = encoder(small, 160, "split")
+    parts = enc.encode([LONG])[0][0]
+    assert [len(runs(part, small)) for part in parts] == [2, 2, 2]
+    for gone in range(3):
+        results, lost = enc.encode([untrain(LONG, {2 * gone, 2 * gone + 1})])
+        kept = [part.input_ids.tolist() for number, part in enumerate(parts) if number != gone]
+        assert [sample.input_ids.tolist() for sample in results[0]] == kept
+        assert lost["overlong_nothing_left"] == 1
+        assert lost["overlong_tokens"] == len(parts[gone].input_ids)
+        assert lost["overlong_supervised_tokens"] == 0
+    answers = []
+    for sample in enc.encode([untrain(LONG, {0, 3, 5})])[0][0]:
+        answers += runs(sample, small)
+    assert answers == [f" {LONG.exchanges[number].assistant}</s>" for number in (1, 2, 4)]
+
+
+def test_split_of_an_untrained_answer_that_is_too_long(small) -> None:
+    """There is nothing to truncate it to."""
+    texts = ("a", "b", "c", "moon " * 200, "d", "e")
+    results, lost = encoder(small, 60, "split").encode([conversation(*texts, untrained={1})])
+    assert [runs(sample, small) for sample in results[0]] == [[" b</s>"], [" e</s>"]]
+    assert lost["overlong_nothing_left"] == 1
+    assert lost["overlong_supervised_tokens"] == 0
+
+
+def test_drop_counts_the_supervised_tokens_only(small) -> None:
+    """Not those of untrained answers."""
+    told = untrain(LONG, range(5))
+    (sample,) = encoder(small, 10_000).encode([told])[0][0]
+    _, lost = encoder(small, 100, "drop").encode([told])
+    assert lost["overlong_supervised_tokens"] == sample.supervised.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.text("ab ", min_size=1, max_size=60), st.booleans()), min_size=1)
+    .filter(lambda turns: any(trained for _, trained in turns)),
+    st.integers(60, 200),
+    st.sampled_from(["truncate", "split", "drop"]),
+)  # fmt: skip
+def test_no_policy_trains_on_an_untrained_answer(small, turns, seq_len, overlong) -> None:
+    """Every supervised run is a trained answer, or the beginning of one that was cut off."""
+    exchanges = tuple(
+        Exchange(f"q{i}", f"{i}:{text}", trained) for i, (text, trained) in enumerate(turns)
+    )
+    told = Trainable("c", "here", None, exchanges)
+    results, lost = encoder(small, seq_len, overlong).encode([told])
+    found = [text for sample in results[0] for text in runs(sample, small)]
+    wanted = [f" {e.assistant}</s>" for e in exchanges if e.trained]
+    assert all(any(text == full or full.startswith(text) for full in wanted) for text in found)
+    if not lost["overlong"]:
+        assert found == wanted
+    if overlong == "split" and not lost["overlong_supervised_tokens"]:
+        assert found == wanted  # each once, in order
+
+
+def untrain(told: Trainable, untrained: Collection[int]) -> Trainable:
+    """The same conversation with answers flagged as not to be trained on."""
+    exchanges = (replace(e, trained=i not in untrained) for i, e in enumerate(told.exchanges))
+    return replace(told, exchanges=tuple(exchanges))
+
+
 def test_straddling_token_is_counted_and_not_trained(small) -> None:
     """A token across the boundary belongs to the prompt; the answer is trained from the next."""
     import json as js
@@ -295,6 +425,9 @@ def test_straddling_token_is_counted_and_not_trained(small) -> None:
     assert lost["straddling_token"] == 1
     first = int(np.flatnonzero(sample.supervised)[0])
     assert sample.input_ids[first - 1] == vocabulary[":Ġ"]
+    texts = ("sun", "moon", "star", "rain")
+    _, lost = enc.encode([conversation(*texts, untrained={0})])
+    assert lost["straddling_token"] == 1  # what is not trained on is no loss
 
 
 def test_sample_without_anything_to_train_on_cannot_exist() -> None:

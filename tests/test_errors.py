@@ -190,6 +190,12 @@ def test_many_faults_are_counted_not_printed():
     assert len(error.faults) == 34
 
 
+def test_faults_that_were_not_kept_are_counted():
+    """A caller may keep the first of very many."""
+    error = DataError(["a", "b"], shown=1, count=12345)
+    assert str(error).splitlines() == ["12,345 faults of the data:", "  a", "  ... and 12,344 more"]
+
+
 def test_exactly_as_many_faults_as_are_shown_need_no_rest():
     """Nothing is counted when everything is shown."""
     assert "more" not in str(DataError(["a", "b"], shown=2))

@@ -21,6 +21,8 @@ TABLE = {
     2: {
         "rundir",
         "attempt",
+        "records",
+        "formats",
         "conversations",
         "templates",
         "batching",

@@ -35,7 +35,8 @@ def test_sample_data_has_its_awkward_cases() -> None:
     """At least 300 conversations, and one of each kind that has to be handled."""
     conversations = read([ROOT / "data/dummy_conversation.json"])
     assert len(conversations) >= 300
-    kept, lost, _ = read_trainable([ROOT / "data/dummy_conversation.json"])
+    found = read_trainable([ROOT / "data/dummy_conversation.json"])
+    kept, lost = found.conversations, found.lost
     for reason in ("leading_assistant_turn", "trailing_user_turn", "empty_turn", "wrong_order",
                    "duplicate"):  # fmt: skip
         assert lost[reason] > 0, reason
