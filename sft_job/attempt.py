@@ -16,6 +16,7 @@ a later one resumed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sft_job.errors import RunDirError, SupersededError
-from sft_job.files import append_line, read_records, write_atomically
+from sft_job.files import append_line, make_folder, read_records, write_atomically
 from sft_job.rundir import RunDir
 
 # Record files that every attempt has one of, and the run directory one that is made from them.
@@ -48,7 +49,8 @@ class Attempt:
         number = run_dir.newest_attempt() + 1
         while True:
             try:
-                run_dir.attempt(number).mkdir(parents=True)
+                make_folder(run_dir.attempt(number).parent)
+                run_dir.attempt(number).mkdir()
                 break
             except FileExistsError:  # a listing may be older than the folder
                 number += 1
@@ -88,8 +90,10 @@ class Attempt:
         """
         line = json.dumps({"attempt": self.number, **record})
         append_line(self.folder / name, line)
-        if self.superseded_by() is None:  # that file is made anew by every attempt
-            append_line(self.run_dir.path / name, line)
+        # That file is made anew by every attempt, and nothing of ours is read from it.
+        with contextlib.suppress(OSError):
+            if self.superseded_by() is None:
+                append_line(self.run_dir.path / name, line)
 
     def interrupt(self, message: str) -> None:
         """Leave the mark that this attempt was stopped on request and can be resumed."""
@@ -97,9 +101,10 @@ class Attempt:
             self.run_dir.interrupted(self.number), json.dumps({"message": message}) + "\n"
         )
 
-    def cannot_load(self, step: int, reason: str) -> None:
+    def cannot_load(self, step: int, reason: str, identity: str) -> None:
         """Leave the mark that a checkpoint fails to load: the next attempt passes it over."""
-        write_atomically(self.run_dir.unloadable_mark(self.number, step), f"{reason}\n")
+        mark = self.run_dir.unloadable_mark(self.number, step)
+        write_atomically(mark, f"{' '.join(reason.split())}\n{identity}\n")
 
 
 def metric_records(run_dir: RunDir) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from sft_job.attempt import Attempt
 from sft_job.errors import CheckpointError, DiskSpaceError, SftJobError
-from sft_job.files import discard, read_json, settle
+from sft_job.files import discard, make_folder, read_json, settle
 from sft_job.files import publish as publish_folder
 from sft_job.rundir import RunDir
 from sft_job.world import World
@@ -88,7 +88,8 @@ def publish(
         attempt.refuse_if_superseded()
         try:
             discard(beside)  # of this very attempt: an earlier save that failed
-            beside.mkdir(parents=True)
+            make_folder(run_dir.checkpoints)
+            beside.mkdir()
             return shutil.disk_usage(beside).free
         except OSError as error:
             raise not_written(run_dir, what, error, None) from error
@@ -149,11 +150,23 @@ def _make_visible(attempt: Attempt, beside: Path, manifest: dict[str, Any]) -> b
     settle(beside)
     attempt.refuse_if_superseded()
     while not publish_folder(beside, folder):
-        if fault(folder) is None:
+        if fault(folder) is None and _unloadable(attempt.run_dir, folder) is None:
             discard(beside)
             return False
         _set_aside(folder)
     return True
+
+
+def identity(folder: Path) -> str:
+    """Tells a checkpoint from any other: SHA-256 of its manifest; empty without one."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _unloadable(run_dir: RunDir, folder: Path) -> str | None:
+    return run_dir.unloadable(int(folder.name.rpartition("-")[2]), identity(folder))
 
 
 def _set_aside(folder: Path) -> None:
@@ -270,8 +283,7 @@ def find(
     skipped: list[str] = []
     for step in world.gather(run_dir.checkpoint_steps())[0]:
         folder = run_dir.checkpoint(step)
-        why = run_dir.unloadable(step)
-        reading = why or fault(folder, world.rank, world.size)
+        reading = _unloadable(run_dir, folder) or fault(folder, world.rank, world.size)
         first = next(filter(None, world.gather(reading)), None)
         if first is not None:
             skipped.append(f"checkpoint of step {step} passed over: {first}")

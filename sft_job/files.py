@@ -41,7 +41,11 @@ def write_atomically(path: Path, text: str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
     beside = _beside(path, text)
     try:
-        os.replace(beside, path)
+        try:
+            os.replace(beside, path)
+        except IsADirectoryError:
+            put_aside(path)
+            os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -117,6 +121,13 @@ def discard(folder: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(nobody, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above; a file in its place is put aside."""
+    if os.path.lexists(path) and not path.is_dir():
+        put_aside(path)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def put_aside(path: Path) -> Path:

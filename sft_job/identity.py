@@ -92,7 +92,7 @@ def _read(run_dir: RunDir) -> dict[str, Any] | None:
         before = read_json(run_dir.identity)
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, IsADirectoryError):
         before = None
     if not isinstance(before, dict):
         aside = put_aside(run_dir.identity)

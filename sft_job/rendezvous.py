@@ -154,7 +154,20 @@ class Rendezvous:
         _resolve(place.master_addr)
         if self.published is not None and LISTENER not in os.environ:
             port = self._published_port(self.published)
+        # torch would print pages of its own frames for every try.
+        while not self._answers(place.master_addr, port):
+            if time.monotonic() > self._deadline:
+                raise TimeoutError(f"{place.master_addr}:{port} does not answer")
+            time.sleep(POLL_S)
         return self._tcp_store(place.master_addr, port, None)
+
+    @staticmethod
+    def _answers(host: str, port: int) -> bool:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     def _published_port(self, file: Path) -> int:
         asked = 0.0

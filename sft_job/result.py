@@ -8,6 +8,7 @@ DONE                    made once: step, attempt, and the seal
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ def model_fault(run_dir: RunDir) -> str | None:
     if isinstance(record, dict) and isinstance(record.get("model"), dict):
         return seal.fault(run_dir.model, record["model"])
     try:
-        wanted = [run_dir.model / "config.json", *weight_files(run_dir.model)]
+        weights = weight_files(run_dir.model)
     except (OSError, ValueError, LookupError) as error:
         return f"it cannot be read ({error})"
-    missing = [file.name for file in wanted if not file.is_file()]
-    return f"{missing[0]} is missing" if missing or len(wanted) < 2 else None
+    missing = [f.name for f in (run_dir.model / "config.json", *weights) if not f.is_file()]
+    if missing or not weights:
+        return f"{missing[0] if missing else 'model.safetensors'} is missing"
+    return None
 
 
 def written_before(run_dir: RunDir) -> Any:
@@ -63,6 +66,8 @@ def publish_model(attempt: Attempt, beside: Path) -> Any:
     run_dir, written = attempt.run_dir, seal.make(beside)
     write_atomically(run_dir.written_model(attempt.number), json.dumps(written) + "\n")
     attempt.refuse_if_superseded()
+    if os.path.lexists(run_dir.model) and not run_dir.model.is_dir():
+        put_aside(run_dir.model)
     while not publish(beside, run_dir.model):
         if (before := written_before(run_dir)) is not None:
             return before

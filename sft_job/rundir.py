@@ -50,7 +50,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from sft_job.errors import RunDirError
-from sft_job.files import create, read_json, write_atomically
+from sft_job.files import create, put_aside, read_json
 from sft_job.schema import JobConfig
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -95,13 +95,19 @@ class RunDir:
     def unloadable_mark(self, attempt: int, step: int) -> Path:
         return self.attempt(attempt) / f"unloadable-{step:08d}"
 
-    def unloadable(self, step: int) -> str | None:
-        """Why an attempt could not load a checkpoint, though it verifies; None when none failed."""
+    def unloadable(self, step: int, identity: str) -> str | None:
+        """Why an attempt could not load a checkpoint, though it verifies; None when none failed.
+
+        Args:
+            identity: of the checkpoint; a later one of the same step is another.
+        """
         for attempt in self.attempts():
             with suppress(OSError):
                 mark = self.unloadable_mark(attempt, step)
-                reason = mark.read_text(errors="replace").strip()
-                return f"attempt {attempt} could not load it: {reason} (without {mark} it is tried)"
+                reason, _, whose = mark.read_text(errors="replace").partition("\n")
+                if whose.strip() == identity:
+                    said = f"attempt {attempt} could not load it: {reason}"
+                    return f"{said} (without {mark} it is tried)"
         return None
 
     def logs(self, attempt: int) -> Path:
@@ -248,6 +254,8 @@ class RunDir:
     @staticmethod
     def _lock(file: Path) -> IO[str] | None:
         """The open file, locked; None while somebody else has it."""
+        if file.is_dir() and (file.parent / "job.json").exists():
+            put_aside(file)
         lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,7 +280,7 @@ class RunDir:
         Raises:
             RunDirError: the directory holds something else than a run of this job.
         """
-        if self.job_file.exists():
+        if self.job_file.exists() or self.identity.exists():
             self._refuse_another_job(config)
             return
         try:
@@ -304,7 +312,7 @@ class RunDir:
             # job.json first: it is what makes the folder this job's.
             if not create(self.job_file, config.model_dump_json(indent=2) + "\n"):
                 self._refuse_another_job(config)
-                self.mend(config)
+                self._mend(config)
             create(self.config_file, text)
         except OSError as error:
             raise self._unwritable(error) from error
@@ -325,7 +333,7 @@ class RunDir:
 
     def _settings(self) -> dict[str, Any]:
         """What the job of this directory has been from the beginning (`JobConfig.identity`).
-        A job.json that is no JSON any more is made up for by identity.json."""
+        A job.json that is gone or damaged is made up for by identity.json."""
         try:
             text = self.job_file.read_text(encoding="utf-8")
             json.loads(text)
@@ -336,7 +344,7 @@ class RunDir:
                 where=str(self.job_file),
                 remedy="give the job a run.dir of its own",
             ) from error
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             with suppress(OSError, ValueError, LookupError, TypeError):
                 settings = read_json(self.identity)["settings"]
                 return dict(settings)
@@ -347,12 +355,13 @@ class RunDir:
                 "or give the job a run.dir of its own",
             ) from error
 
-    def mend(self, config: JobConfig) -> None:
+    def _mend(self, config: JobConfig) -> None:
         """Write job.json again where it is damaged; this job was found to be the same."""
         try:
             read_json(self.job_file)
-        except ValueError:
-            write_atomically(self.job_file, config.model_dump_json(indent=2) + "\n")
+        except (ValueError, OSError):
+            put_aside(self.job_file)
+            create(self.job_file, config.model_dump_json(indent=2) + "\n")
 
 
 class CacheDir:

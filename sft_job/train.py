@@ -18,6 +18,7 @@ from sft_job.attempt import Attempt
 from sft_job.cli import StopRequest
 from sft_job.config import load
 from sft_job.errors import ConfigError, Interrupted, SftJobError, WorkerError
+from sft_job.files import make_folder
 from sft_job.launcher import Workers
 from sft_job.plan import processes
 from sft_job.rundir import RunDir
@@ -79,7 +80,8 @@ def _attempt(run_dir: RunDir, count: int, argv: Sequence[str], stop: StopRequest
     attempt = Attempt.claim(run_dir)
     number = attempt.number
     try:
-        run_dir.logs(number).mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir.logs(number).parent)
+        make_folder(run_dir.logs(number))
         run_dir.stop_file(number).unlink(missing_ok=True)  # left of a run that was removed
         crew = Workers(run_dir, number, count)
         crew.start(argv)
@@ -100,7 +102,7 @@ def _attempt(run_dir: RunDir, count: int, argv: Sequence[str], stop: StopRequest
         ) from error
     except SftJobError as error:
         if unloadable := sorted(attempt.folder.glob("unloadable-*")):
-            reason = unloadable[0].read_text(errors="replace").strip()
+            reason = unloadable[0].read_text(errors="replace").partition("\n")[0]
             step = int(unloadable[0].name.rpartition("-")[2])
             print(
                 f"note: the checkpoint of step {step} could not be loaded ({reason}); "

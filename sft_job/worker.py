@@ -21,7 +21,7 @@ from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import load
 from sft_job.errors import CheckpointError, Interrupted, SftJobError, WorkerError
-from sft_job.files import translated, write_atomically
+from sft_job.files import make_folder, translated, write_atomically
 from sft_job.plan import Plan, plan_of, show
 from sft_job.prepared import Prepared, forget, read_facts
 from sft_job.rundir import RunDir
@@ -54,16 +54,17 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     # A launcher or a job script has claimed an attempt, and watches it.
     number = int(os.environ[workers.ATTEMPT]) if workers.ATTEMPT in os.environ else None
     try:
-        if number is not None:
-            stop.file = run_dir.stop_file(number)
-            run_dir.ready(number, place.rank).touch()
-        rank = Rank(config, job, overrides, place, stop, phases, number, launched=launched)
-        rank.run()
-    except Interrupted as error:
-        if number is None:
-            return _stopped_without_launcher(error, place)
-        if place.rank == 0 and run_dir.interruption(number) is None:
-            Attempt(run_dir, number).interrupt(error.what)
+        try:
+            if number is not None:
+                stop.file = run_dir.stop_file(number)
+                run_dir.ready(number, place.rank).touch()
+            rank = Rank(config, job, overrides, place, stop, phases, number, launched=launched)
+            rank.run()
+        except Interrupted as error:
+            if number is None:
+                return _stopped_without_launcher(error, place)
+            if place.rank == 0 and run_dir.interruption(number) is None:
+                Attempt(run_dir, number).interrupt(error.what)
     except BaseException as error:
         if number is None:
             raise
@@ -192,7 +193,7 @@ class Rank:
         self.attempt = Attempt(self.run_dir, number)
         self.stop.file = self.run_dir.stop_file(number)
         if self.world.is_main:
-            self.run_dir.logs(number).mkdir(parents=True, exist_ok=True)
+            make_folder(self.run_dir.logs(number))
         self.world.barrier()
         return True
 
@@ -346,6 +347,8 @@ def _run_trainer(sft: Any, attempt: Attempt, found: Any) -> None:
     """
     import torch
 
+    from sft_job import checkpoint
+
     sft.loading = found is not None
     try:
         sft.train(resume_from_checkpoint=str(found.folder) if found else None)
@@ -356,7 +359,7 @@ def _run_trainer(sft: Any, attempt: Attempt, found: Any) -> None:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         with contextlib.suppress(OSError):
-            attempt.cannot_load(found.step, reason)
+            attempt.cannot_load(found.step, reason, checkpoint.identity(found.folder))
         raise CheckpointError(
             f"the checkpoint of step {found.step} cannot be loaded: {reason}",
             where=str(found.folder),

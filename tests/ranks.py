@@ -28,7 +28,7 @@ from sft_job.attempt import Attempt
 from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import load
-from sft_job.errors import Interrupted, WorkerError
+from sft_job.errors import ConfigError, Interrupted, WorkerError
 from sft_job.files import append_line
 from sft_job.metrics import Meter, Reporter, Silence, peak_memory_gib
 from sft_job.model import WeightFiles
@@ -507,7 +507,12 @@ def measured_memory(world: World, job: Path, *overrides: str) -> dict[str, int]:
     }  # fmt: skip
 
 
-def agreement(world: World, job: Path) -> list[str | None]:
+def agreement(world: World, job: Path) -> tuple[list[str | None], list[Any]]:
+    """How ranks agree: `differences`, `decisions`."""
+    return differences(world, job), decisions(world)
+
+
+def differences(world: World, job: Path) -> list[str | None]:
     """What is said when rank 1 resolves the job alike, has another kernel, or another job."""
     config = load(job)
     plan = plan_of(config, world.size)[0]
@@ -525,6 +530,35 @@ def agreement(world: World, job: Path) -> list[str | None]:
         else:
             said.append(None)
     return said
+
+
+def decisions(world: World) -> list[Any]:
+    """What every rank is told of what the main one does for all."""
+    told: list[Any] = [world.on_main(lambda: world.rank + 7)]
+
+    def refuse() -> None:
+        raise ConfigError(["job.yaml:3: wrong"], remedy="mend it")
+
+    def break_down() -> None:
+        raise ZeroDivisionError("a bug")
+
+    for work in (refuse, break_down):
+        try:
+            world.on_main(work)
+        except Exception as error:
+            mine = not getattr(error, "of_another_rank", False)
+            told.append((type(error).__name__, str(error), mine))
+    stop = StopRequest()
+    if world.rank == 1:
+        stop.request("signal SIGUSR1")
+
+    def wait() -> str:
+        while not stop.requested():
+            time.sleep(0.01)
+        return str(stop.reason)
+
+    told.append(world.on_main(wait, stop))
+    return told
 
 
 def stopped_export(world: World, model: Path, target: Path, at: int) -> int:

@@ -46,11 +46,23 @@ def test_a_listing_from_memory_gives_no_number_twice(
     assert Attempt.claim(run).number == 2
 
 
-def test_a_run_directory_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_written_is_said() -> None:
     """With the reason of the system."""
+    with pytest.raises(RunDirError, match=r"cannot be written: .*\n  -> free some"):
+        Attempt.claim(RunDir("/proc/nowhere"))
+
+
+def test_a_file_in_the_place_of_a_folder_is_put_aside(tmp_path: Path) -> None:
+    """Nothing that somebody has done to our own names makes a run that cannot be finished."""
     (tmp_path / "attempts").write_text("a file")
-    with pytest.raises(RunDirError, match=r"cannot be written: Not a directory\n  -> free some"):
-        Attempt.claim(RunDir(tmp_path))
+    (tmp_path / "metrics.jsonl").mkdir()
+    one = Attempt.claim(RunDir(tmp_path))
+    one.append(METRICS, record(1))
+    assert len(read_records(one.folder / METRICS)) == 1
+    refresh(one.run_dir)
+    one.append(METRICS, record(2))
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "replaced-1-attempts").read_text() == "a file"
 
 
 def test_an_older_attempt_is_told_so(tmp_path: Path) -> None:

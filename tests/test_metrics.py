@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sft_job import workers
+from sft_job.attention import Choice
+from sft_job.errors import TrainingError
 from sft_job.files import append_line, read_records
 from sft_job.flops import Work
 from sft_job.metrics import Meter, useful_seconds
+from sft_job.trainer import SftTrainer
 from sft_job.workers import Phases
 from tests import ranks
 from tests.runs import make_conversations, make_job, make_model, on_ranks, run_job
@@ -149,14 +154,50 @@ def test_records_and_attempts_of_a_real_run(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_ranks_that_resolve_the_job_differently_are_refused(tmp_path: Path) -> None:
-    """The first difference, where it is, and what to do; the same job is let through."""
+def test_ranks_agree_or_say_why_not(tmp_path: Path) -> None:
+    """A job that they resolve differently is refused with the first difference; what the main
+    one does for all is told to the others, its errors and requests to stop too."""
     model = make_model(tmp_path / "model")
     data = make_conversations(tmp_path / "data.json", 8)
     job = make_job(tmp_path, model, data)
-    same, different, other_job = on_ranks(ranks.agreement, 2, job)[0]
+    (differences, main), (_, other) = on_ranks(ranks.agreement, 2, job)
+    same, different, other_job = differences
     assert same is None
     assert different.startswith("the ranks resolve the job differently: attention is 'sdpa' on ")
     assert "and 'torch_varlen' on rank 1 (" in different
     assert "leave the job file alone while it starts" in different
     assert "the job is " in other_job
+    refusal = ("ConfigError", "job.yaml:3: wrong\n  -> mend it")
+    request = "a request to another process"
+    assert main == [7, (*refusal, True), ("ZeroDivisionError", "a bug", True), request]
+    bug = ("WorkerError", "rank 0 has failed: ZeroDivisionError: a bug", False)
+    assert other == [7, (*refusal, False), bug, request]
+
+
+def test_gradients_of_exactly_0_are_said_and_end_the_training() -> None:
+    """Weights so large that bf16 leaves nothing of them: once is said, five in a row are no
+    accident, and one that is not 0 begins the count anew."""
+    said: list[str] = []
+
+    class Still:
+        _still = 0
+        reporter = SimpleNamespace(say=said.append)
+        state = SimpleNamespace(global_step=0)
+        plan = SimpleNamespace(precision=Choice("bf16", "asked for"))
+
+        def _failure(self, what: str) -> TrainingError:
+            return TrainingError(what)
+
+    def step(norm: float) -> None:
+        SftTrainer._refuse_stillness(still, norm)
+        still.state.global_step += 1
+
+    still: Any = Still()
+    for norm in (1.0, 0.0, 0.0, 1e-30, 0.0, 0.0, 0.0, 0.0):
+        step(norm)
+    assert [line.partition(":")[0] for line in said] == [
+        "note", "note"
+    ]  # fmt: skip
+    assert "the gradient of step 2 is exactly 0" in said[0]
+    with pytest.raises(TrainingError, match="exactly 0 in 5 steps in a row, the last of them 9"):
+        step(0.0)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from sft_job import checkpoint
 from sft_job.attempt import Attempt
 from sft_job.rundir import RunDir
 from tests import ranks
@@ -106,19 +108,23 @@ def finished(folder: Path, job: Path) -> RunDir:
     return run if run.done.exists() else run_job(job, f"run.dir={run.path}")
 
 
-def test_damaged_checkpoint_is_passed_over_and_said(
+def test_a_checkpoint_that_verifies_and_cannot_be_loaded_is_left_out(
     folder: Path, job: Path, finished: RunDir
 ) -> None:
-    """A newer checkpoint with a flipped byte is named and not used; the older one is."""
-    run = unfinished_copy(finished, folder / "damaged", 3)
+    """The same command says so, and goes on from the one before in another attempt."""
+    run = unfinished_copy(finished, folder / "unloadable", 3)
     shutil.copytree(finished.checkpoint(6), run.checkpoint(6))
-    file = next(run.checkpoint(6).glob("*.distcp"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    manifest_file = run.checkpoint(6) / checkpoint.MANIFEST
+    manifest = json.loads(manifest_file.read_text())
+    for file in run.checkpoint(6).glob("*.distcp"):
+        file.write_bytes(b"no zip file at all")
+        manifest["files"][file.name] = checkpoint._seal(file)
+    manifest["seal"] = checkpoint._manifest_seal(manifest)
+    manifest_file.write_text(json.dumps(manifest))
     result = sft_job("train", job, f"run.dir={run.path}")
     assert result.returncode == 0, result.stderr
-    assert "checkpoint of step 6 passed over" in result.stdout
+    assert "note: the checkpoint of step 6 could not be loaded (" in result.stderr
+    assert "checkpoint of step 6 passed over: attempt 2 could not load it" in result.stdout
     assert "resuming after step 3" in result.stdout
     same_bits(run, finished)
     assert (run.checkpoints / "damaged-1-step-00000006").is_dir()
@@ -147,6 +153,17 @@ def test_stopped_before_the_export_only_the_export_is_left(
     run_job(job, f"run.dir={run.path}")
     assert len(metrics(run)) == before
     same_bits(run, finished)
+
+
+def test_what_is_left_is_bounded_and_open_to_others(finished: RunDir) -> None:
+    """The log history is in metrics.jsonl alone, not once more in every checkpoint; files have
+    the mode that the umask gives, whatever the library that wrote them had in mind."""
+    for step in finished.checkpoint_steps():
+        state = json.loads((finished.checkpoint(step) / "trainer_state.json").read_text())
+        assert state["log_history"] == []
+    for folder in (finished.model, finished.checkpoint(6), finished.path / "attempts"):
+        for path in folder.rglob("*"):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
 
 
 def test_finished_run_is_not_run_again(job: Path, finished: RunDir) -> None:
@@ -360,11 +377,9 @@ def test_when_no_checkpoint_can_be_used_nothing_starts_from_zero(
 
 def test_keep_counts_what_was_just_written(tmp_path: Path) -> None:
     """A damaged later checkpoint does not push out the good one written after it."""
-    from sft_job.checkpoint import drop_old
-
     run = RunDir(tmp_path)
     for step in (200, 250, 400):
         run.checkpoint(step).mkdir(parents=True)
         (run.checkpoint(step) / "manifest.json").write_text("{}")
-    drop_old(Attempt(run, 1), 1, newest=250)
+    checkpoint.drop_old(Attempt(run, 1), 1, newest=250)
     assert run.checkpoint_steps() == [400, 250]

@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -386,6 +387,66 @@ def test_the_launcher_hears_signals_again_after_the_start(crew):
     assert not blocked & set(cli.STOP_SIGNALS)
 
 
+def test_a_failure_is_heard_where_nothing_can_be_written(monkeypatch):
+    """A full disk, say: its message comes through a pipe, however long it is."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    monkeypatch.setenv(launcher.REPORT_TO, str(writing))
+    error = raised(DataError(["x" * 4000] * 30, remedy="mend it"))
+    assert report_failure(RunDir("/proc/nowhere"), 1, 0, error) == 2
+    os.close(writing)
+    started = Workers(RunDir("/proc/nowhere"), 1, 1)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    started._workers.append(launcher._Worker(process, reading))
+    said = started._first_failure([2])
+    assert said.exit_code == 2
+    assert str(said).startswith("30 faults of the data:\n  xxxx")
+
+
+STOPPED = "os.kill(os.getpid(), signal.SIGSTOP) if rank else time.sleep(600)"
+
+
+def test_a_silent_worker_is_named_and_not_waited_for(crew, monkeypatch, capsys):
+    """Something has stopped it, and all others wait for it: said at once, and a request to stop
+    is not held up by it."""
+    monkeypatch.setattr(launcher, "SILENT_S", 0.0)
+    started = crew(STOPPED)
+    while not started._workers[1].is_stopped():
+        time.sleep(0.01)
+    stop = StopRequest()
+    stop.request("signal SIGTERM")
+    pid = started.processes[1].pid
+    with pytest.raises(Interrupted, match=rf"without a checkpoint.*rank 1 \(process {pid}\) is st"):
+        started.wait(stop)
+    assert f"note: the process of rank 1 (process {pid}) is stopped" in capsys.readouterr().err
+    assert all(process.returncode is not None for process in started.processes)
+
+
+def test_asking_again_and_again_ends_without_a_checkpoint(crew):
+    """Nobody wants to wait any longer."""
+    stop = StopRequest()
+    stop.request("signal SIGINT")
+    stop.times = 3
+    with pytest.raises(Interrupted, match="asked 3 times: not waiting for a checkpoint"):
+        crew("time.sleep(600)").wait(stop)
+
+
+def test_rank_0_listens_on_the_socket_that_was_handed_on(crew, tmp_path, monkeypatch):
+    """Nobody can take the port in between; the others have its number."""
+    monkeypatch.setenv("OUT", f"{tmp_path}/out")
+    code = (
+        "import socket\n"
+        "handle = os.environ.get('SFT_JOB_LISTENER')\n"
+        "port = socket.socket(fileno=int(handle)).getsockname()[1] if handle else None\n"
+        "open(os.environ['OUT'] + str(rank), 'w').write(f\"{port} {os.environ['MASTER_PORT']}\")\n"
+    )
+    crew(code).wait(StopRequest())
+    (port, same), (none, known) = [(tmp_path / f"out{r}").read_text().split() for r in range(2)]
+    assert port == same == known
+    assert none == "None"
+
+
 # --- requests to stop ----------------------------------------------------------------------
 
 
@@ -421,8 +482,10 @@ def test_a_file_is_a_request_to_stop(tmp_path):
     assert stop.reason == "stop file stop-1"
 
 
-def test_a_worker_does_not_outlive_its_launcher():
-    """Killed without a chance to say anything, the launcher leaves nobody behind."""
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_does_not_outlive_its_launcher(stopped):
+    """Killed without a chance to say anything, the launcher leaves nobody behind; one that
+    something has stopped would go on later, beside the next attempt."""
     worker = (
         "import os, time\n"
         "from sft_job.launcher import die_with_parent\n"
@@ -442,6 +505,8 @@ def test_a_worker_does_not_outlive_its_launcher():
         env=os.environ | {"PYTHONPATH": package},
     ) as process:
         pid = int(process.stdout.readline())
+        if stopped:
+            os.kill(pid, signal.SIGSTOP)
         process.kill()
         process.wait()
         # The pipe ends when the last process that holds it has ended.
