@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -163,6 +164,14 @@ def sft_job(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
     )
 
 
+def encode(job: Path, *overrides: str) -> None:
+    """What `sft-job data encode` does, in this process."""
+    from sft_job import data
+    from sft_job.config import load
+
+    data.encode_job(load(job, overrides))
+
+
 def run_job(job: Path, *overrides: str) -> RunDir:
     """Train to the end; the test fails with the program's own words otherwise."""
     result = sft_job("train", job, *overrides)
@@ -252,13 +261,23 @@ def _rank_main(
         raise
 
 
+@functools.cache
+def _warm_context() -> Any:
+    """Processes forked from one that has imported everything and done nothing: importing torch,
+    transformers and DeepSpeed takes longer than what most tests do with them."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.warm"])
+    return context
+
+
 def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
-    """Run `function(world, *arguments)` in `size` fresh processes of one gloo group.
+    """Run `function(world, *arguments)` in `size` processes of their own, of one gloo group.
 
     Returns:
         What each rank returned, by rank.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _warm_context()
     queue = context.Queue()
     port = free_port()
     processes = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import ranks
-from tests.runs import make_conversations, make_job, make_model, on_ranks, sft_job
+from tests.runs import encode, make_conversations, make_job, make_model, on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model(folder / "model", vocab_size=504)
     data = make_conversations(folder / "data.json", 32)
     file = make_job(folder, model, data, train__max_steps=2, train__warmup_ratio=0.0)
-    assert sft_job("data", "encode", file).returncode == 0
+    encode(file)
     return file
 
 
@@ -50,7 +50,7 @@ def test_masters_start_at_the_files_whatever_the_shapes(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", num_key_value_heads=1, **shape)
     data = make_conversations(tmp_path / "data.json", 16)
     job = make_job(tmp_path, model, data, train__max_steps=2, train__warmup_ratio=0.0)
-    assert sft_job("data", "encode", job).returncode == 0
+    encode(job)
     variants = [
         [f"engine.type={engine}", f"train.precision={precision}"]
         for engine in ("fsdp", "zero3")  # in this order: accelerate remembers DeepSpeed
@@ -91,7 +91,7 @@ def large_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model(folder / "model", num_hidden_layers=9, **shape)
     data = make_conversations(folder / "data.json", 8)
     job = make_job(folder, model, data, train__max_steps=2, train__global_batch_size=2)
-    assert sft_job("data", "encode", job).returncode == 0
+    encode(job)
     return job
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from sft_job.rundir import RunDir
 from tests import ranks
 from tests.runs import (
+    encode,
     make_conversations,
     make_job,
     make_model,
@@ -65,7 +66,7 @@ def test_an_overflowing_step_is_left_out_on_every_rank(job: Path, engine: str) -
 
     Plain SGD moves the weights by rate times gradient, so that their size is seen.
     """
-    assert sft_job("data", "encode", job).returncode == 0
+    encode(job)
     options = [f"engine.type={engine}", f"run.dir={job.parent}/{engine}-ranks"]
     options += ["train.extra={optim: sgd}", "train.lr_scheduler_type=linear"]
     first, second = on_ranks(ranks.steps_taken, 2, job, *options, "train.warmup_ratio=0.0")
