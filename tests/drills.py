@@ -93,11 +93,22 @@ class Launch:
 class Drill:
     """One run, disturbed once and finished."""
 
-    def __init__(self, engine: str, seed: int, number: int, folder: Path, expected: RunDir) -> None:
+    def __init__(
+        self,
+        engine: str,
+        seed: int,
+        number: int,
+        folder: Path,
+        expected: RunDir,
+        *,
+        own_cache: bool,
+    ) -> None:
         self.engine, self.number, self.folder, self.expected = engine, number, folder, expected
         self.random = random.Random(f"{engine}/{seed}/{number}")
         self.run_dir = RunDir(folder / f"run-{engine}-{seed}-{number}" / "run")
-        self.cache = self.run_dir.path.parent / ".sft_job_cache"
+        self.cache = folder / ".sft_job_cache"
+        if own_cache or self.random.random() < 0.25:
+            self.cache = self.run_dir.path.parent / ".sft_job_cache"
         self.said: list[str] = []
         self.launches: list[Launch] = []
         self.last_output = ""
@@ -115,7 +126,7 @@ class Drill:
         }
         words = command(
             "train", self.folder / "job.yaml", f"engine.type={self.engine}",
-            f"run.dir={self.run_dir.path}",
+            f"data.cache_dir={self.cache}", f"run.dir={self.run_dir.path}",
         )  # fmt: skip
         process = subprocess.Popen(words, **(settings | options))  # type: ignore[call-overload]
         self.launches.append(Launch(self.run_dir, process))
@@ -528,7 +539,9 @@ def main() -> int:
         for engine in engines:
             for number in numbers:
                 kind = kinds[number % len(kinds)]
-                drill = Drill(engine, args.seed, number, folder, expected[engine])
+                drill = Drill(
+                    engine, args.seed, number, folder, expected[engine], own_cache=kind == "damage"
+                )
                 started, outcome = time.monotonic(), "ok"
                 try:
                     KINDS[kind](drill)
