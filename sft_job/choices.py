@@ -61,13 +61,22 @@ def attention(
     return kernel
 
 
-def cross_entropy(config: JobConfig, hardware: Hardware, packages: Mapping[str, Package]) -> Choice:
-    """Liger's kernel needs Triton, which needs capability 8.0."""
+def cross_entropy(
+    config: JobConfig, hardware: Hardware, precision: str, packages: Mapping[str, Package]
+) -> Choice:
+    """Liger's kernel needs Triton, which needs capability 8.0.
+
+    In fp16 it narrows the gradients of the logits as they are: a probability below 3e-8 becomes 0
+    and pushes nothing away (tests/test_loss.py counts them). `loss.chunked` shifts them by 2^12
+    before. Liger's sums over a chunk's tokens are fp16 products, which the shift would overflow.
+    """
     asked = config.model.cross_entropy
     number = kernels.sm(hardware)
     package = packages.get(kernels.LIGER)
     if number is None or number < 80:
         obstacle = f"Triton needs a GPU of capability 8.0, {hardware.name} is not one"
+    elif precision == "fp16":
+        obstacle = "in fp16 it loses the gradients of small probabilities"
     elif package is None:
         obstacle = f"{kernels.LIGER} is not installed"
     elif package.fault:

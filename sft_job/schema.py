@@ -60,7 +60,7 @@ class Model(Section):
     have. own is the model's own attention, one sample per forward pass."""
     cross_entropy: Literal["auto", "torch", "liger"] = "auto"
     """What computes the loss from hidden states; auto takes Liger's kernel on GPUs that run
-    Triton (capability 8.0 and newer) where it is installed."""
+    Triton (capability 8.0 and newer) where it is installed, but not in fp16."""
 
     @property
     def on_hub(self) -> bool:
