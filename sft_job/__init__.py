@@ -20,8 +20,9 @@
               jobscript       the text of a job script
               slurm           what Slurm says; a job under submitit
               follow          a submitted job from outside: status, output, end
-    layer 3   world           the processes that train together, and what they agree on
-    torch     tokenizer       read or converted, and checked
+    layer 3   network         the way to other machines and GPUs, as gloo and NCCL are told
+    torch     world           the processes that train together, and what they agree on
+              tokenizer       read or converted, and checked
               encode          text to ids and labels, once
               dataset         token cache, samples, a rank's share of each step
               varlen          attention over flattened samples

@@ -96,7 +96,9 @@ def cross_entropy(
         return Choice("torch", "asked for")
     if obstacle:
         return Choice("torch", f"not liger: {obstacle}")
-    ground = f"{kernels.LIGER} {packages[kernels.LIGER].version}: one pass over each chunk of logits"
+    ground = (
+        f"{kernels.LIGER} {packages[kernels.LIGER].version}: one pass over each chunk of logits"
+    )
     return Choice("liger", f"asked for; {ground}" if asked == "liger" else ground)
 
 

@@ -22,6 +22,7 @@ def _not_a_bool(value: Any) -> Any:
 
 Text = Annotated[str, Field(min_length=1)]
 Whole = Annotated[int, BeforeValidator(_not_a_bool)]
+Seconds = Annotated[Whole, Field(ge=1, le=10**6)]
 Number = Annotated[float, BeforeValidator(_not_a_bool)]
 
 
@@ -161,6 +162,15 @@ class Run(Section):
     """Training processes on this machine; null means one per GPU, or one on a CPU."""
     online: bool = False
     """May fetch from the model hub. Compute nodes usually cannot."""
+    start_timeout_s: Seconds = 300
+    """The ranks wait so long for each other when they start."""
+    nccl_timeout_s: Seconds = 600
+    """A rank waits so long for another in an exchange between GPUs before the job fails: what a
+    GPU or a link that has dropped out costs. Longer than the slowest step, the writing of 5 GB of
+    the exported model, and the first compilation of kernels."""
+    gloo_timeout_s: Seconds = 1800
+    """The same between hosts, where ranks also wait for one that converts, saves or verifies: a
+    70B model on a slow file system may need more. On CPUs it is the limit of every exchange."""
 
 
 class Apptainer(Section):

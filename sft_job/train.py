@@ -252,7 +252,7 @@ def train(
         from sft_job.metrics import take_terminal
 
         terminal = take_terminal()
-    world = worlds.join(place, machine)
+    world = worlds.join(place, machine, config.run)
     try:
         phases.end("torch and process group")
         plan, prepared = plan_of(config, world.size, machine)

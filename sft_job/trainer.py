@@ -405,6 +405,7 @@ class Steering(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        trainer.world.timeouts.apply()  # to the groups of the engine as well
         trainer.started("engine")
         fresh = state.global_step == 0
         if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":

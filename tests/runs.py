@@ -231,6 +231,10 @@ def free_port() -> int:
         return port
 
 
+# Not torch's default, to see that it reaches every group.
+GLOO_TIMEOUT_S = 1799
+
+
 def _rank_main(
     function: Callable[..., Any], rank: int, size: int, port: int, queue: Any, arguments: Any
 ) -> None:
@@ -239,12 +243,15 @@ def _rank_main(
         import torch
 
         from sft_job import hardware, world, zero3
+        from sft_job.schema import Run
         from sft_job.workers import Place
 
         torch.set_num_threads(1)
         zero3.prepare_environment(torch.device("cpu"))  # functions choose the engine later
         place = Place(rank, rank, size, size, "127.0.0.1", port)
-        joined = world.join(place, hardware.detect())
+        joined = world.join(
+            place, hardware.detect(), Run(dir="/nowhere", gloo_timeout_s=GLOO_TIMEOUT_S)
+        )
         queue.put((rank, function(joined, *arguments), None))
         world.leave()
     except BaseException:

@@ -37,6 +37,7 @@ TABLE = {
         "follow",
     },
     3: {
+        "network",
         "world",
         "tokenizer",
         "encode",
