@@ -144,10 +144,6 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     """One training process; returns 0 when the job is done or was stopped in good order."""
     # What is imported is never garbage, and looking through it while it grows takes 0.6 s.
     gc.disable()
-    # The number of tokens differs from batch to batch; blocks of fixed size would be cut to
-    # pieces that fit no later one. Read by torch when it first uses a GPU.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     phases = Phases(workers.began())
     phases.end("launch")
     stop = StopRequest()
@@ -242,8 +238,7 @@ def train(
     Raises:
         Interrupted: asked to stop; everything is saved and the marker is written.
     """
-    if not config.run.online:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.update(workers.own_environment(config, os.environ))
     from sft_job import world as worlds
 
     machine = hardware.detect_for_training()
@@ -300,7 +295,6 @@ def _train_and_export(
     gc.enable()
     phases.end("imports")
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     folder, trust = Path(prepared.model_folder), config.model.trust_remote_code
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir.tensorboard))

@@ -25,6 +25,7 @@ from sft_job.cli import STOP_SIGNALS, StopRequest
 from sft_job.errors import SftJobError, SlurmError, UserError, WorkerError
 from sft_job.hardware import cores
 from sft_job.rundir import RunDir, read_json, write_atomically
+from sft_job.schema import JobConfig
 
 ATTEMPT = "SFT_JOB_ATTEMPT"
 LAUNCHED = "SFT_JOB_LAUNCHED"
@@ -33,10 +34,11 @@ BEGAN = "SFT_JOB_BEGAN"
 # After one worker has failed, the others get so long to say why before they are killed.
 GRACE_S = 3.0
 
+POLL_S = 0.05
+
 # glibc gives large blocks back to the kernel at once and faults them in anew in every layer;
 # keeping them took 15-20% off a step on a CPU (135M parameters, 2 processes).
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,31 @@ class Place:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def training_environment(place: Place, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a training process, for whoever starts it: `environ`, its place, and a
+    proposal for what `environ` leaves open. slurm/job.sh proposes the same."""
+    proposed = {
+        "OMP_NUM_THREADS": str(max(1, cores() // place.local_world_size)),
+        "NCCL_DEBUG": "WARN",
+        **MALLOC,
+    }
+    return proposed | dict(environ) | place.environment()
+
+
+def own_environment(config: JobConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """What a training process tells its libraries before it imports them, and a benchmark's too."""
+    found = {}
+    if not environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        # The number of tokens differs from batch to batch; blocks of fixed size would be cut to
+        # pieces that fit no later one.
+        found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if config.train.deterministic and "CUBLAS_WORKSPACE_CONFIG" not in environ:
+        found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if not config.run.online:
+        found["HF_HUB_OFFLINE"] = "1"
+    return found
 
 
 def began() -> float:
@@ -218,9 +245,8 @@ class Workers:
         try:
             for rank in range(self.count):
                 place = Place(rank, rank, self.count, self.count, "127.0.0.1", port)
-                threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.count)), **MALLOC}
                 own = {ATTEMPT: str(self.attempt), LAUNCHED: str(os.getpid()), BEGAN: str(began())}
-                environment = threads | dict(os.environ) | place.environment() | own
+                environment = training_environment(place, os.environ) | own
                 with open(self.run_dir.log(self.attempt, rank), "ab") as log:
                     self._processes.append(
                         subprocess.Popen(

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import yaml
@@ -277,7 +278,13 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[A
     results: dict[int, Any] = {}
     try:
         while len(results) < size:
-            rank, value, error = queue.get(timeout=420)
+            try:
+                rank, value, error = queue.get(timeout=1)
+            except Empty:
+                codes = {rank: process.exitcode for rank, process in enumerate(processes)}
+                killed = {r: code for r, code in codes.items() if code and r not in results}
+                assert not killed, f"ended without a word (rank: exit code): {killed}"
+                continue
             assert error is None, f"rank {rank}:\n{error}"
             results[rank] = value
     finally:

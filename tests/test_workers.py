@@ -12,6 +12,7 @@ import pytest
 
 from sft_job import cli, workers
 from sft_job.cli import StopRequest
+from sft_job.config import load
 from sft_job.errors import (
     DataError,
     HardwareError,
@@ -333,6 +334,45 @@ def test_the_users_environment_wins_over_our_defaults(crew, tmp_path, monkeypatc
     environ = json.loads((tmp_path / "out0").read_text())["environ"]
     assert (environ["OMP_NUM_THREADS"], environ["MALLOC_TRIM_THRESHOLD_"]) == ("7", "8")
     assert environ["RANK"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environ", "told"),
+    [
+        ([], {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}),
+        ([], {"PYTORCH_ALLOC_CONF": "", "HF_HUB_OFFLINE": "0"}, {"HF_HUB_OFFLINE": "1"}),
+        ([], {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, {"HF_HUB_OFFLINE": "1"}),
+        (["run.online=true"], {"PYTORCH_ALLOC_CONF": "x:1"}, {}),
+        (
+            ["run.online=true", "train.deterministic=true"],
+            {"PYTORCH_ALLOC_CONF": "x:1"},
+            {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+        ),
+        (
+            ["run.online=true", "train.deterministic=true"],
+            {"PYTORCH_ALLOC_CONF": "x:1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"},
+            {},
+        ),
+    ],
+)
+def test_a_process_tells_its_libraries_what_the_job_says(job_file, overrides, environ, told):
+    """The allocator and cuBLAS as the user has them; offline is the job's to say."""
+    assert workers.own_environment(load(job_file, overrides), environ) == told
+
+
+def test_libraries_are_told_before_torch_is_imported(job_file):
+    """torch reads it once. The order of `train` itself, in a process that has no torch yet."""
+    code = (
+        "import sys\n"
+        "from sft_job import train, workers\n"
+        "from sft_job.config import load\n"
+        "def told(config, environ):\n"
+        "    raise SystemExit('torch' in sys.modules)\n"
+        "workers.own_environment = told\n"
+        f"train.train(load({str(job_file)!r}), *[None] * 5, launched=False)\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(Path(workers.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=environ).returncode == 0
 
 
 def test_rank_0_speaks_and_everything_else_goes_to_logs(crew, run_dir, capfd):
