@@ -31,6 +31,7 @@ TABLE = {
         "fit",
         "choices",
         "workers",
+        "compiled",
         "plan",
         "jobscript",
         "slurm",
