@@ -45,6 +45,7 @@ from sft_job.workers import (
     die_with_parent,
     find_place,
     own_environment,
+    say_warnings_once,
     training_environment,
 )
 
@@ -263,6 +264,7 @@ def run_rank(arguments: Sequence[str]) -> NoReturn:
     job, engine, kernel, recompute, answers = arguments
     die_with_parent(int(os.environ[LAUNCHED]))
     gc.disable()
+    say_warnings_once()
     place, code = find_place(os.environ), 0
     assert place is not None
     try:

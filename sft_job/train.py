@@ -144,6 +144,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     """One training process; returns 0 when the job is done or was stopped in good order."""
     # What is imported is never garbage, and looking through it while it grows takes 0.6 s.
     gc.disable()
+    workers.say_warnings_once()
     phases = Phases(workers.began())
     phases.end("launch")
     stop = StopRequest()

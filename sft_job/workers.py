@@ -17,9 +17,11 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from sft_job.cli import STOP_SIGNALS, StopRequest
 from sft_job.errors import SftJobError, SlurmError, UserError, WorkerError
@@ -35,6 +37,8 @@ BEGAN = "SFT_JOB_BEGAN"
 GRACE_S = 3.0
 
 POLL_S = 0.05
+# A text may name the step. All deprecated functions of torch.distributed warn from one line.
+WARNINGS_OF_A_LINE = 20
 
 # glibc gives large blocks back to the kernel at once and faults them in anew in every layer;
 # keeping them took 15-20% off a step on a CPU (135M parameters, 2 processes).
@@ -87,6 +91,34 @@ def own_environment(config: JobConfig, environ: Mapping[str, str]) -> dict[str, 
     if not config.run.online:
         found["HF_HUB_OFFLINE"] = "1"
     return found
+
+
+def say_warnings_once() -> None:
+    """Print each warning of a library once, and of those that one line makes the first few.
+
+    Python forgets which ones it has shown when anyone changes the filters; torch does in every
+    step, and DeepSpeed's steps warn: a log would grow by kilobytes each.
+    """
+    show = warnings.showwarning
+    shown: dict[tuple[type[Warning], str, int], set[str]] = {}
+
+    def once(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        texts = shown.setdefault((category, filename, lineno), set())
+        if str(message) in texts or len(texts) == WARNINGS_OF_A_LINE:
+            return
+        texts.add(str(message))
+        show(message, category, filename, lineno, file, line)
+        if len(texts) == WARNINGS_OF_A_LINE:
+            show("more of these are not shown", category, filename, lineno, file, line)
+
+    warnings.showwarning = once
 
 
 def began() -> float:

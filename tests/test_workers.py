@@ -375,6 +375,55 @@ def test_libraries_are_told_before_torch_is_imported(job_file):
     assert subprocess.run([sys.executable, "-c", code], env=environ).returncode == 0
 
 
+WARNS = """
+import sys, warnings
+from sft_job import workers
+{start}
+def collective(name):
+    warnings.warn(f"`{{name}}` is deprecated", FutureWarning, stacklevel=2)
+def step(number):
+    with warnings.catch_warnings():  # as torch does: Python forgets what it has shown
+        warnings.simplefilter("ignore", ResourceWarning)
+    for name in ("gather", "scatter"):
+        collective(name)
+    warnings.filterwarnings("always", category=UserWarning)  # as a library that insists
+    warnings.warn("this again", UserWarning)
+    warnings.warn(f"step {{number}} was slow", RuntimeWarning)
+for number in range(100):
+    step(number)
+with warnings.catch_warnings(record=True) as caught:  # nobody's log: everything is caught
+    for _ in range(2):
+        warnings.warn("this again", UserWarning)
+print(len(caught))
+"""
+
+
+def said(start: str) -> tuple[str, list[str]]:
+    """Standard output of a process that warns in 100 steps, and its warnings."""
+    environ = os.environ | {"PYTHONPATH": str(Path(workers.__file__).parents[1])}
+    command = [sys.executable, "-c", WARNS.format(start=start)]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    return result.stdout, [line for line in result.stderr.splitlines() if "Warning:" in line]
+
+
+def test_a_warning_is_said_once_in_a_log():
+    """Whatever libraries do to the filters; of one with a number in it the first are enough."""
+    caught, lines = said("workers.say_warnings_once()")
+    assert caught == "2\n"
+    texts = [line.partition(" ")[2] for line in lines]
+    assert [text for text in texts if "slow" not in text][:3] == [
+        "FutureWarning: `gather` is deprecated",
+        "FutureWarning: `scatter` is deprecated",
+        "UserWarning: this again",
+    ]
+    assert len(lines) == 3 + workers.WARNINGS_OF_A_LINE + 1
+    slow = [line for line in lines if "RuntimeWarning" in line]
+    assert len(slow) == workers.WARNINGS_OF_A_LINE + 1
+    assert slow[-1].endswith("more of these are not shown")
+    # By itself Python says them in every step.
+    assert len(said("")[1]) == 400
+
+
 def test_rank_0_speaks_and_everything_else_goes_to_logs(crew, run_dir, capfd):
     """One process writes to the terminal; errors of all are in the logs."""
     crew("print('out', rank); print('err', rank, file=sys.stderr)").wait(StopRequest())
