@@ -159,7 +159,6 @@ def sft_job(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         env=environment() | options.pop("env", {}),
-        timeout=400,
         **options,
     )
 
@@ -174,6 +173,42 @@ def run_job(job: Path, *overrides: str) -> RunDir:
     return run
 
 
+# Ranks that wait for a request to stop, so that it comes where a test wants it to come, however
+# late: before torch is imported ("start"), or when the batches of a step (from 0) are asked for.
+HELD = """
+import os
+if "RANK" in os.environ:
+    import time
+    from sft_job import cli
+    requests, listen = [], cli.StopRequest.listen
+    def remembered(request):
+        requests.append(request)
+        listen(request)
+    cli.StopRequest.listen = remembered
+    def held(whole, *arguments):
+        while not any(requests):
+            time.sleep(0.01)
+        return whole(*arguments)
+    if os.environ["HELD_AT"] == "start":
+        from sft_job import hardware
+        detect = hardware.detect_for_training
+        hardware.detect_for_training = lambda: held(detect)
+    else:
+        from sft_job import dataset
+        at, get = int(os.environ["HELD_AT"]), dataset.Steps.__getitem__
+        dataset.Steps.__getitem__ = lambda steps, step: (
+            held(get, steps, step) if step == at else get(steps, step)
+        )
+"""
+
+
+def held_at(folder: Path, place: str | int) -> dict[str, str]:
+    """The environment of a command whose ranks wait there for a request to stop."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(HELD)
+    return environment() | {"PYTHONPATH": f"{folder}:{ROOT}", "HELD_AT": str(place)}
+
+
 def interrupt_job(job: Path, *overrides: str, after: int, number: int = signal.SIGTERM) -> str:
     """Train, send a signal to the launcher when `after` steps are logged; must exit with 75."""
     given = dict(override.split("=", 1) for override in overrides)
@@ -183,12 +218,13 @@ def interrupt_job(job: Path, *overrides: str, after: int, number: int = signal.S
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        # The batches of a step are asked for while the one before it has yet to be trained on.
+        env=held_at(job.parent / "held", after + 1),
     )
     while process.poll() is None and len(metrics(run)) < after:
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 75, output
     return output
 

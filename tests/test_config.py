@@ -100,7 +100,7 @@ def test_numbers_in_short_scientific_form_are_numbers_among_the_extra_arguments(
     assert config.train.extra == {"adam_epsilon": 1e-8}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 def test_any_positive_learning_rate_arrives_unchanged(job_file, rate):
     """However Python writes a number, the override reads back the same one."""

@@ -151,7 +151,7 @@ def run_script(script: Path, tools: Path, **environ: str) -> subprocess.Complete
         "SLURM_CPUS_ON_NODE": "4", "HOME": "/nowhere",
     }  # fmt: skip
     return subprocess.run(
-        ["bash", script], env=environment | environ, capture_output=True, text=True, timeout=60
+        ["bash", script], env=environment | environ, capture_output=True, text=True
     )
 
 
