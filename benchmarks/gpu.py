@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
-import multiprocessing
 import os
-import queue
 import random
+import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,14 +28,26 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from sft_job import hardware
 from sft_job.attention import KERNELS
+from sft_job.files import write_atomically
 from sft_job.hardware import Hardware
+from sft_job.launcher import GRACE_S, POLL_S, die_with_parent
 from sft_job.prepared import KNOWN_FACTS, ModelFacts
+from sft_job.workers import (
+    LAUNCHED,
+    Place,
+    find_place,
+    own_environment,
+    say_warnings_once,
+    training_environment,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SHAPES = {
     "llama-2-7b": KNOWN_FACTS["meta-llama/Llama-2-7b-hf"],
@@ -52,6 +65,7 @@ REFERENCES = {
 }
 WARM_UP = 3
 TIMEOUT_S = 3600.0
+RANK = "--rank"  # before the arguments of `run_rank`
 WORDS = ["sun", "moon", "star", "river", "stone", "leaf", "bird", "cloud", "rain", "wind"]
 
 
@@ -142,28 +156,12 @@ def _conversations(tokens: int, seq_len: int) -> Iterator[dict[str, Any]]:
 
 def measure(job: Path, combination: Combination, count: int) -> dict[str, Any]:
     """Train on `count` ranks; the median of the counted steps, or why it could not be run."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        context.Process(target=_rank, args=(job, combination, rank, count, port, answers))
-        for rank in range(count)
-    ]
-    for rank in ranks:
-        rank.start()
-    try:
-        records, fault = answers.get(timeout=TIMEOUT_S)
-    except queue.Empty:
-        records, fault = [], f"no answer within {TIMEOUT_S:.0f} s"
-    finally:
-        for rank in ranks:
-            rank.join(timeout=30)
-            if rank.is_alive():
-                rank.kill()
+    answers = Path(tempfile.mkdtemp(prefix="answers-", dir=job.parent))
+    fault = watch(start_ranks(job, combination, count, answers), answers)
     if fault is not None:
         return {"fault": fault}
+    answer = json.loads(_answer(answers, 0).read_text())
+    records = answer["records"]
     counted = records[WARM_UP:]
     rate = statistics.median(r["tokens_per_second"] for r in counted)
     shares = [r["mfu"] for r in counted if r["mfu"] is not None]
@@ -172,59 +170,147 @@ def measure(job: Path, combination: Combination, count: int) -> dict[str, Any]:
         "mfu": statistics.median(shares) if shares else None,
         "peak_memory_gib": max(r["peak_memory_gib"] for r in counted),
         "idle_share": round(statistics.mean(r["idle_share"] for r in counted), 4),
-        "micro_batch_tokens": counted[0]["micro_batch_tokens"],
-        "predicted_memory_gib": counted[0]["predicted_memory_gib"],
+        "micro_batch_tokens": answer["micro_batch_tokens"],
+        "predicted_memory_gib": answer["predicted_memory_gib"],
         "losses": [round(r["loss"], 4) for r in records],
+        "environment": answer["environment"],
     }
 
 
-def _rank(
-    job: Path, combination: Combination, rank: int, count: int, port: int, answers: Any
-) -> None:
-    from sft_job.workers import Place
+def start_ranks(
+    job: Path, combination: Combination, count: int, answers: Path
+) -> list[subprocess.Popen[bytes]]:
+    """One process for each rank, with the environment that `sft-job train` gives its workers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    started = []
+    for rank in range(count):
+        place = Place(rank, rank, count, count, "127.0.0.1", port)
+        words = [str(job), combination.engine, combination.kernel, combination.recompute]
+        command = [sys.executable, "-m", "benchmarks.gpu", RANK, *words, str(answers)]
+        environment = training_environment(place, os.environ)
+        environment |= {"PYTHONPATH": path, LAUNCHED: str(os.getpid())}
+        started.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    return started
 
-    place = Place(rank, rank, count, count, "127.0.0.1", port)
-    os.environ.update(place.environment())
+
+def watch(
+    ranks: Sequence[subprocess.Popen[bytes]],
+    answers: Path,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    grace_s: float = GRACE_S,
+) -> str | None:
+    """Wait for all ranks: None, or why one has failed. None of them is left afterwards.
+
+    Args:
+        answers: the folder where a rank that fails says why.
+        grace_s: one that aborts has seen another fail, which gets so long to say why.
+    """
+    deadline, patience = time.monotonic() + timeout_s, None
     try:
-        records = _train(job, combination, place)
+        while True:
+            codes = [rank.poll() for rank in ranks]
+            if all(code == 0 for code in codes):
+                return None
+            fault = _fault(codes, answers)
+            if fault is not None:
+                return fault
+            now = time.monotonic()
+            if any(codes) and patience is None:
+                patience = now + grace_s
+            if patience is not None and now >= patience:
+                rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+                return f"rank {rank}: {_ended(code)}"
+            if now >= deadline:
+                return f"no answer within {timeout_s:.0f} s"
+            time.sleep(POLL_S)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def _fault(codes: Sequence[int | None], answers: Path) -> str | None:
+    """What is known to have come first: when a rank is killed, others fail for want of it."""
+    failed = {rank: code for rank, code in enumerate(codes) if code}
+    for rank, code in failed.items():
+        if code < 0 and code != -signal.SIGABRT:
+            return f"rank {rank}: {_ended(code)}"
+    for rank in failed:
+        if _answer(answers, rank).is_file():
+            return f"rank {rank}: {json.loads(_answer(answers, rank).read_text())['fault']}"
+    return None
+
+
+def _ended(code: int) -> str:
+    if code > 0:
+        return f"ended with exit code {code} and without a word"
+    number = signal.Signals(-code)
+    hint = "; the kernel does that when memory runs out" if number is signal.SIGKILL else ""
+    return f"ended by {number.name}{hint}"
+
+
+def _answer(answers: Path, rank: int) -> Path:
+    return answers / f"rank-{rank}.json"
+
+
+def run_rank(arguments: Sequence[str]) -> NoReturn:
+    """A rank's whole life; ends the process, without taking torch apart."""
+    job, engine, kernel, recompute, answers = arguments
+    die_with_parent(int(os.environ[LAUNCHED]))
+    gc.disable()
+    say_warnings_once()
+    place, code = find_place(os.environ), 0
+    assert place is not None
+    try:
+        answer = _train(Path(job), Combination(engine, kernel, recompute), place)
     except Exception as error:
         # Whatever it is: the table says it in the place of this combination's figures.
         traceback.print_exc()
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
-        answers.put(([], f"rank {rank}: {words}"))
-        answers.close()
-        answers.join_thread()  # it is on its way before the process ends
-        os._exit(1)  # the other ranks may wait in a collective
-    if rank == 0:
-        answers.put((records, None))
+        answer = {"fault": str(error).splitlines()[0] if str(error) else type(error).__name__}
+        code = 1
+    if code or place.rank == 0:
+        write_atomically(_answer(Path(answers), place.rank), json.dumps(answer))
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def _train(job: Path, combination: Combination, place: Any) -> list[dict[str, Any]]:
-    """Train without saving; the records of metrics.jsonl."""
-    from sft_job import world as worlds
+def _train(job: Path, combination: Combination, place: Place) -> dict[str, Any]:
+    """Train without saving; the records of metrics.jsonl and what they were made with."""
+    from sft_job.config import load
     from sft_job.files import read_records
+
+    run = job.parent / f"run-{combination.engine}-{combination.kernel}-{combination.recompute}"
+    overrides = [f"run.dir={run}", *combination.overrides()]
+    config = load(job, overrides)
+    own = own_environment(config, os.environ)
+    os.environ.update(own)
+    from sft_job import world as worlds
     from tests.ranks import Setup
 
+    world = worlds.join(place, hardware.detect(), config.run)
     if combination.engine == "zero3":
-        import torch
-
         from sft_job import zero3
 
-        zero3.prepare_environment(torch.device(hardware.detect().device))
-    world = worlds.join(place, hardware.detect())
-    run = job.parent / f"run-{combination.engine}-{combination.kernel}-{combination.recompute}"
-    setup = Setup(world, job, f"run.dir={run}", *combination.overrides())
+        zero3.prepare_environment(world.device)
+    gc.freeze()
+    gc.enable()
+    setup = Setup(world, job, *overrides)
     setup.record_to(run / "metrics.jsonl")
     setup.trainer.train()
-    extra = {
+    world.barrier()  # the first to leave would take the others' connections away
+    told = {**own, **dict.fromkeys(training_environment(place, {}).keys() - place.environment())}
+    return {
+        "records": read_records(run / "metrics.jsonl"),
         "micro_batch_tokens": setup.plan.micro_batch_tokens,
         "predicted_memory_gib": round(setup.plan.memory.total / 2**30, 2)
         if setup.plan.memory
         else None,
+        "environment": {name: os.environ[name] for name in sorted(told)},
     }
-    setup.close()
-    worlds.leave()
-    return [record | extra for record in read_records(run / "metrics.jsonl")]
 
 
 # --- the report ------------------------------------------------------------------------------
@@ -288,6 +374,8 @@ def _kernels(machine: Hardware) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] == [RANK]:
+        run_rank(argv[1:])
     machine = hardware.detect()
     args = parse(argv, machine)
     import torch
@@ -301,6 +389,7 @@ def main(argv: Sequence[str]) -> int:
         "time": time.strftime("%Y-%m-%d %H:%M"),
         "command": " ".join(["python -m benchmarks.gpu", *argv]),
         "reference": REFERENCES.get((args.shape, machine.gpu.key)) if machine.gpu else None,
+        "environment": {},
         "rows": [],
     }
     with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as folder:
@@ -308,6 +397,7 @@ def main(argv: Sequence[str]) -> int:
         for combination in combinations(args):
             print(f"--- {combination}", flush=True)
             row = measure(job, combination, args.count)
+            report["environment"] |= row.pop("environment", {})
             report["rows"].append(dataclasses.asdict(combination) | row)
     print(table(report))
     if args.out:

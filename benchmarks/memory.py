@@ -288,14 +288,14 @@ def _environment() -> dict[str, str]:
     return workload.process_environment() | {"PYTHONPATH": str(workload.ROOT)}
 
 
-def _as_rank_0() -> dict[str, str]:
-    """What sft_job's launcher adds: its worker's place, and how glibc keeps memory."""
-    from sft_job.workers import MALLOC, Place
+def _as_rank_0(environment: dict[str, str]) -> dict[str, str]:
+    """As sft_job's launcher makes it of another one."""
+    from sft_job.workers import Place, training_environment
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = Place(0, 0, 1, 1, "127.0.0.1", probe.getsockname()[1])
-    return place.environment() | MALLOC
+    return training_environment(place, environment)
 
 
 def measure(folder: Path, side: str, precision: str, rows: int) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def measure(folder: Path, side: str, precision: str, rows: int) -> dict[str, Any
     command = [sys.executable, "-m", "benchmarks.memory", "--side", side, str(folder), str(record)]
     result = subprocess.run(
         [*command, precision, str(rows)],
-        env=_environment() | (_as_rank_0() if side == "sft_job" else {}),
+        env=_as_rank_0(_environment()) if side == "sft_job" else _environment(),
         capture_output=True,
         text=True,
         cwd=folder,

@@ -24,12 +24,14 @@
               choices         the other decisions of a plan: precision, kernels, positions
               workers         who this process is: launcher or worker, and which
               launcher        the training processes of one machine: started, watched, stopped
+              compiled        what is compiled once on each machine
               plan            everything derived from a job, in one place; `sft-job plan`
               start           what has to be true before the processes of a job train
               jobscript       the text of a job script
               slurm           what Slurm says; a job under submitit
               follow          a submitted job from outside: status, output, end
-    layer 3   rendezvous      how the processes find each other
+    layer 3   network         the way to other machines and GPUs, as gloo and NCCL are told
+              rendezvous      how the processes find each other
     torch     world           the processes that train together, and what they agree on
               tokenizer       read or converted, and checked
               encode          text to ids and labels, once

@@ -61,28 +61,44 @@ def attention(
     return kernel
 
 
-def cross_entropy(config: JobConfig, hardware: Hardware, packages: Mapping[str, Package]) -> Choice:
-    """Liger's kernel needs Triton, which needs capability 8.0."""
-    asked = config.model.cross_entropy
+def liger_obstacle(
+    hardware: Hardware, precision: str, packages: Mapping[str, Package]
+) -> str | None:
+    """Why Liger's loss is not for this machine and precision, or None.
+
+    Its kernel needs Triton, which needs capability 8.0. In fp16 it narrows the gradients of the
+    logits as they are: a probability below 3e-8 becomes 0 and pushes nothing away
+    (tests/test_loss.py counts them). `loss.chunked` shifts them by 2^12 before; Liger's sums over
+    a chunk's tokens are fp16 products, which the shift would overflow.
+    """
     number = kernels.sm(hardware)
     package = packages.get(kernels.LIGER)
     if number is None or number < 80:
-        obstacle = f"Triton needs a GPU of capability 8.0, {hardware.name} is not one"
-    elif package is None:
-        obstacle = f"{kernels.LIGER} is not installed"
-    elif package.fault:
-        obstacle = f"the installed {kernels.LIGER} {package.version} is broken ({package.fault})"
-    else:
-        obstacle = None
+        return f"Triton needs a GPU of capability 8.0, {hardware.name} is not one"
+    if precision == "fp16":
+        return "in fp16 it loses the gradients of small probabilities"
+    if package is None:
+        return f"{kernels.LIGER} is not installed"
+    if package.fault:
+        return f"the installed {kernels.LIGER} {package.version} is broken ({package.fault})"
+    return None
+
+
+def cross_entropy(
+    config: JobConfig, hardware: Hardware, precision: str, packages: Mapping[str, Package]
+) -> Choice:
+    asked, obstacle = config.model.cross_entropy, liger_obstacle(hardware, precision, packages)
     if asked == "liger" and obstacle:
         raise HardwareError(
             f"model.cross_entropy is liger, but {obstacle}", remedy="use model.cross_entropy=auto"
         )
     if asked == "torch":
         return Choice("torch", "asked for")
-    if obstacle or package is None:
+    if obstacle:
         return Choice("torch", f"not liger: {obstacle}")
-    ground = f"{kernels.LIGER} {package.version}: one pass over each chunk of logits"
+    ground = (
+        f"{kernels.LIGER} {packages[kernels.LIGER].version}: one pass over each chunk of logits"
+    )
     return Choice("liger", f"asked for; {ground}" if asked == "liger" else ground)
 
 

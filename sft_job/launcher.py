@@ -27,9 +27,8 @@ from typing import Any
 from sft_job.cli import STOP_SIGNALS, StopRequest, unexpected
 from sft_job.errors import Interrupted, SftJobError, UserError, WorkerError
 from sft_job.files import read_json, write_atomically
-from sft_job.hardware import cores
 from sft_job.rundir import RunDir
-from sft_job.workers import ATTEMPT, BEGAN, LAUNCHED, MALLOC, Place, began
+from sft_job.workers import ATTEMPT, BEGAN, LAUNCHED, Place, began, training_environment
 
 # File descriptors that a worker inherits: where it reports a failure, and of rank 0 the socket on
 # which the others find it.
@@ -44,13 +43,13 @@ POLL_S = 0.05
 REPORT_BYTES = 60_000
 
 
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when the launcher dies, also while it is stopped: two
-    attempts would train the same steps."""
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel for a signal when the process that has started this one dies. A worker is
+    killed, also while it is stopped: two attempts would train the same steps."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
     if os.getppid() != parent:  # it died before the kernel was asked
-        raise WorkerError("the launcher has gone")
+        raise WorkerError("the process that has started this one has gone")
 
 
 def report_failure(run_dir: RunDir, attempt: int, rank: int, error: BaseException) -> int:
@@ -161,11 +160,10 @@ class Workers:
         if rank == 0:
             own[LISTENER] = str(listener.fileno())
             handed_on.append(listener.fileno())
-        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.count)), **MALLOC}
         with open(self.run_dir.log(self.attempt, rank), "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sft_job.train", *arguments],
-                env=threads | dict(os.environ) | place.environment() | own,
+                env=training_environment(place, os.environ) | own,
                 stdin=subprocess.DEVNULL,
                 stdout=None if rank == 0 else log,
                 stderr=log,

@@ -32,6 +32,14 @@ def chunk_rows(vocabulary: int, device: str) -> int:
     return max(CHUNK_BYTES[device] // (4 * vocabulary) // 64, 1) * 64
 
 
+def liger_rows(supervised: int, vocabulary: int, hidden: int) -> int:
+    """Rows of logits in a chunk of Liger's loss, in the compute dtype: the next power of two of a
+    share that is rounded up, and never more than there are (liger-kernel 0.8.5,
+    ops/fused_linear_cross_entropy.py)."""
+    share = math.ceil(supervised / math.ceil(vocabulary / hidden))
+    return min(1 << max(share - 1, 0).bit_length(), supervised)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What decides about memory besides the model.
@@ -163,9 +171,7 @@ def _logits(model: ModelFacts, setting: Setting) -> int:
     c = BYTES[setting.precision]
     n = setting.supervised
     if setting.cross_entropy == "liger":
-        # rows = next power of two of n / ceil(V / H), in the compute dtype
-        share = max(n // math.ceil(model.vocabulary / model.hidden), 1)
-        chunk = (1 << math.ceil(math.log2(share))) * model.vocabulary * c
+        chunk = liger_rows(n, model.vocabulary, model.hidden) * model.vocabulary * c
     else:
         rows = min(n, chunk_rows(model.vocabulary, setting.device))
         chunk = rows * model.vocabulary * (4 if c == 4 else 6)

@@ -378,20 +378,24 @@ def _single_inputs(
 
 
 # What selective activation checkpointing keeps: matrix products, and operators whose first
-# output is attention's result.
+# output is attention's result. Of an operator that calls another, the outer one is seen.
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 ATTENTION_OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_flash_attention_forward",
     "aten::_efficient_attention_forward",
+    "aten::_cudnn_attention_forward",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
-    "xformers_flash::flash_fwd",
     "flash_attn_3::fwd",
     "flash_attn_3::_flash_attn_forward",
+    # xformers takes the first of these that fits, then aten::_efficient_attention_forward.
+    "xformers_flash3::flash_fwd",
+    "xformers_flash::flash_fwd",
 }
 
 

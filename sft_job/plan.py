@@ -121,7 +121,7 @@ def resolve(
     """
     precision = choices.precision(config, hardware)
     kernel = choices.attention(config, hardware, precision.value, facts, packages)
-    loss = choices.cross_entropy(config, hardware, packages)
+    loss = choices.cross_entropy(config, hardware, precision.value, packages)
     rope, factor = choices.rope(config, facts)
     scale = facts.attention_scale if facts else 12.0 * 4096
     schedule = schedule_of(config, stats) if stats else None

@@ -22,6 +22,7 @@ def _not_a_bool(value: Any) -> Any:
 
 Text = Annotated[str, Field(min_length=1)]
 Whole = Annotated[int, BeforeValidator(_not_a_bool)]
+Seconds = Annotated[Whole, Field(ge=1, le=10**6)]
 Number = Annotated[float, BeforeValidator(_not_a_bool)]
 
 
@@ -60,7 +61,7 @@ class Model(Section):
     have. own is the model's own attention, one sample per forward pass."""
     cross_entropy: Literal["auto", "torch", "liger"] = "auto"
     """What computes the loss from hidden states; auto takes Liger's kernel on GPUs that run
-    Triton (capability 8.0 and newer) where it is installed."""
+    Triton (capability 8.0 and newer) where it is installed, but not in fp16."""
 
     @property
     def on_hub(self) -> bool:
@@ -159,10 +160,17 @@ class Run(Section):
     """The run directory: configuration, logs, checkpoints, exported model."""
     processes: Whole | None = Field(None, ge=1)
     """Training processes on this machine; null means one per GPU, or one on a CPU."""
-    start_timeout_s: Number = Field(300, gt=0)
-    """How long the processes may take to find each other; then the missing ones are named."""
     online: bool = False
     """May fetch from the model hub. Compute nodes usually cannot."""
+    start_timeout_s: Seconds = 300
+    """How long the processes may take to find each other; then the missing ones are named."""
+    nccl_timeout_s: Seconds = 600
+    """A rank waits so long for another in an exchange between GPUs before the job fails: what a
+    GPU or a link that has dropped out costs. Longer than the slowest step, the writing of 5 GB of
+    the exported model, and the first compilation of kernels."""
+    gloo_timeout_s: Seconds = 1800
+    """The same between hosts, where ranks also wait for one that converts, saves or verifies: a
+    70B model on a slow file system may need more. On CPUs it is the limit of every exchange."""
 
 
 class Apptainer(Section):

@@ -453,6 +453,7 @@ class Steering(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         trainer.loading = False
+        trainer.world.timeouts.apply()  # to the groups of the engine as well
         trainer.started("engine")
         fresh = state.global_step == 0
         if fresh and trainer._is_zero3 and trainer.plan.precision.value != "fp32":

@@ -37,10 +37,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     who started this process knows."""
     # What is imported is never garbage, and looking through it while it grows takes 0.6 s.
     gc.disable()
-    # The number of tokens differs from batch to batch; blocks of fixed size would be cut to
-    # pieces that fit no later one. Read by torch when it first uses a GPU.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    workers.say_warnings_once()
     phases = Phases(workers.began())
     phases.end("launch")
     stop = StopRequest()
@@ -140,8 +137,7 @@ class Rank:
         Raises:
             Interrupted: asked to stop; everything is saved and the mark is left.
         """
-        if not self.config.run.online:
-            os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ.update(workers.own_environment(self.config, os.environ))
         from sft_job import world as worlds
 
         self.machine = hardware.detect_for_training()
@@ -153,7 +149,7 @@ class Rank:
         self.world = worlds.join(
             self.place,
             self.machine,
-            worlds.Limits(start=self.config.run.start_timeout_s),
+            self.config.run,
             stop=self.stop,
             name=f"{self.run_dir.path}/{self.number}",
             published=self.run_dir.rendezvous(self.number or 0) if scripted else None,
@@ -276,7 +272,6 @@ def _train_and_export(rank: Rank, plan: Plan, prepared: Prepared) -> None:
     gc.enable()
     rank.phases.end("imports")
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     folder, trust = Path(prepared.model_folder), config.model.trust_remote_code
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(rank.run_dir.tensorboard))

@@ -11,15 +11,22 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from sft_job.errors import SlurmError, WorkerError
+from sft_job.hardware import cores
+from sft_job.schema import JobConfig
 
 ATTEMPT = "SFT_JOB_ATTEMPT"
 LAUNCHED = "SFT_JOB_LAUNCHED"
 BEGAN = "SFT_JOB_BEGAN"
+
+# A text may name the step. All deprecated functions of torch.distributed warn from one line.
+WARNINGS_OF_A_LINE = 20
 
 # glibc gives large blocks back to the kernel at once and faults them in anew in every layer;
 # keeping them took 15-20% off a step on a CPU (135M parameters, 2 processes).
@@ -47,6 +54,59 @@ class Place:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def training_environment(place: Place, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a training process, for whoever starts it: `environ`, its place, and a
+    proposal for what `environ` leaves open. slurm/job.sh proposes the same."""
+    proposed = {
+        "OMP_NUM_THREADS": str(max(1, cores() // place.local_world_size)),
+        "NCCL_DEBUG": "WARN",
+        **MALLOC,
+    }
+    return proposed | dict(environ) | place.environment()
+
+
+def own_environment(config: JobConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """What a training process tells its libraries before it imports them, and a benchmark's too."""
+    found = {}
+    if not environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        # The number of tokens differs from batch to batch; blocks of fixed size would be cut to
+        # pieces that fit no later one.
+        found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if config.train.deterministic and "CUBLAS_WORKSPACE_CONFIG" not in environ:
+        found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if not config.run.online:
+        found["HF_HUB_OFFLINE"] = "1"
+    return found
+
+
+def say_warnings_once() -> None:
+    """Print each warning of a library once, and of those that one line makes the first few.
+
+    Python forgets which ones it has shown when anyone changes the filters; torch does in every
+    step, and DeepSpeed's steps warn: a log would grow by kilobytes each.
+    """
+    show = warnings.showwarning
+    shown: dict[tuple[type[Warning], str, int], set[str]] = {}
+
+    def once(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        texts = shown.setdefault((category, filename, lineno), set())
+        if str(message) in texts or len(texts) == WARNINGS_OF_A_LINE:
+            return
+        texts.add(str(message))
+        show(message, category, filename, lineno, file, line)
+        if len(texts) == WARNINGS_OF_A_LINE:
+            show("more of these are not shown", category, filename, lineno, file, line)
+
+    warnings.showwarning = once
 
 
 def began() -> float:

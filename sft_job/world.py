@@ -6,10 +6,7 @@ mix with the engines' collectives.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +16,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from sft_job import attention
 from sft_job.cli import StopRequest
 from sft_job.errors import HardwareError, SftJobError, WorkerError
 from sft_job.hardware import Hardware, unusable
+from sft_job.network import network_environment
 from sft_job.rendezvous import Rendezvous
+from sft_job.schema import Run
 from sft_job.workers import Place
 
 T = TypeVar("T")
@@ -34,18 +34,40 @@ POLL_S = 0.1
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long ranks wait for each other, seconds.
+class Timeouts:
+    """How long ranks wait for each other before they fail.
 
     Args:
-        start: to find each other.
-        nccl: for a collective of the engines on GPUs.
-        gloo: for one on the CPU.
+        start: until all are there.
+        nccl: in an exchange between GPUs.
+        gloo: in one between hosts.
     """
 
-    start: float = 300.0
-    nccl: float = 600.0
-    gloo: float = 1800.0
+    start: timedelta
+    nccl: timedelta
+    gloo: timedelta
+
+    @classmethod
+    def of(cls, run: Run) -> Timeouts:
+        seconds = (run.start_timeout_s, run.nccl_timeout_s, run.gloo_timeout_s)
+        return cls(*(timedelta(seconds=number) for number in seconds))
+
+    def apply(self, groups: Sequence[dist.ProcessGroup] | None = None) -> None:
+        """Give each backend of every group its own limit.
+
+        A group is made with one limit for all of its backends, and what libraries make (DeepSpeed
+        its copy of the whole world) waits for half an hour, torch's default, whatever was asked
+        for.
+
+        Args:
+            groups: None means all that there are.
+        """
+        limits = {"nccl": self.nccl, "gloo": self.gloo}
+        for group in distributed_c10d._world.pg_map if groups is None else groups:
+            for device in group._device_types:
+                backend = group._get_backend(device)
+                if backend.name() in limits:
+                    backend._set_default_timeout(limits[backend.name()])
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,7 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup
+    timeouts: Timeouts
 
     @property
     def is_main(self) -> bool:
@@ -131,7 +154,7 @@ class World:
 def join(
     place: Place,
     hardware: Hardware,
-    limits: Limits = Limits(),
+    run: Run,
     *,
     stop: StopRequest | None = None,
     name: str = "",
@@ -143,7 +166,7 @@ def join(
         stop, name, published: see `Rendezvous`.
 
     Raises:
-        HardwareError: the machine has GPUs that torch cannot use.
+        HardwareError: the machine has GPUs that torch cannot use, or that cannot work together.
         WorkerError: the processes did not find each other.
         Interrupted: asked to stop meanwhile.
     """
@@ -160,32 +183,34 @@ def join(
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    over_network = place.world_size > place.local_world_size
-    if over_network and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = _interface(place.master_addr)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    timeouts = Timeouts.of(run)
+    told = network_environment(place, hardware, os.environ)
+    os.environ.update(told)
+    if told and place.local_rank == 0:
+        print("for gloo and NCCL: " + ", ".join(f"{name}={told[name]}" for name in sorted(told)))
     rendezvous = Rendezvous(
-        place, limit_s=limits.start, stop=stop or StopRequest(), name=name, published=published
+        place,
+        limit_s=run.start_timeout_s,
+        stop=stop or StopRequest(),
+        name=name,
+        published=published,
     )
     store = rendezvous.store()
-    gloo = timedelta(seconds=limits.gloo)
 
     def connect() -> dist.ProcessGroup:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
+        # Of all backends together: torch has one limit for making a group.
+        longest = timeouts.nccl if device.type == "cuda" else timeouts.gloo
         dist.init_process_group(
-            backend,
-            store=store,
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=gloo if hardware.device == "cpu" else timedelta(seconds=limits.nccl),
+            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=longest
         )
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=gloo)
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeouts.gloo)
         return group
 
     group = rendezvous.bounded(connect)
-    return World(place.rank, place.local_rank, place.world_size, device, group)
+    timeouts.apply()
+    return World(place.rank, place.local_rank, place.world_size, device, group, timeouts)
 
 
 def _refuse_missing_code(capability: tuple[int, int], architectures: Sequence[str]) -> None:
@@ -224,31 +249,6 @@ def _device_index(local_rank: int, visible: int) -> int:
             remedy="start at most one process for each GPU",
         )
     return local_rank
-
-
-def _interface(master_addr: str) -> str | None:
-    """The network interface over which this machine and the first one reach each other; gloo
-    would take the address of the host's own name, on many machines 127.0.1.1."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            master = socket.gethostbyname(master_addr)
-            # Its own name, as many distributions write it into /etc/hosts: then the default route
-            # decides (192.0.2.1 is nobody's). Connecting a datagram socket sends nothing.
-            own_name = master in ("127.0.0.1", "127.0.1.1")
-            probe.connect(("192.0.2.1" if own_name else master, 9))
-        except OSError:
-            return None  # the process group will say what cannot be reached
-        names: dict[str, str] = {}
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-            except OSError:
-                continue  # no IPv4 address
-            names[socket.inet_ntoa(answer[20:24])] = name
-        # On the first machine itself, the way to its address is the loopback; its address is not.
-        wanted = probe.getsockname()[0] if own_name else master
-        return names.get(wanted) or names.get(probe.getsockname()[0])
 
 
 def leave() -> None:

@@ -7,18 +7,20 @@ said explicitly: DeepSpeed's defaults follow the compute dtype.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sft_job import compiled
 from sft_job.errors import CheckpointError, HardwareError, ModelError
 from sft_job.loss import LossScale
 from sft_job.model import DTYPES, WeightFiles, build, make_trainable, missing_names
@@ -120,21 +122,45 @@ def cpu_adam() -> type[torch.optim.Optimizer]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    # pip puts ninja beside Python, where a shell looks only in an activated environment.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    try:
-        CPUAdamBuilder().load()
-    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        lines = str(error).strip().splitlines()
-        words = ("not found", "error:")  # in the midst of the whole command and its output
-        reason = next((line for line in lines if any(word in line for word in words)), lines[0])
-        raise HardwareError(
-            "engine.offload is cpu, but DeepSpeed's CPU Adam cannot be compiled on this machine: "
-            f"{reason}",
-            remedy="install a C++ compiler (g++) and Python's headers, or use engine.offload=none",
-        ) from error
+    class Builder(CPUAdamBuilder):
+        """Knows whether the installed DeepSpeed brings it; compiles in our way if not."""
+
+        def jit_load(self, verbose: bool = True) -> ModuleType:
+            module = _compiled_cpu_adam()
+            self._loaded_ops[self.name] = module  # where the optimizer's own builder looks
+            return module
+
+    Builder().load()
     adam: type[torch.optim.Optimizer] = DeepSpeedCPUAdam
     return adam
+
+
+def _compiled_cpu_adam() -> ModuleType:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    versions = (torch.__version__, importlib.metadata.version("deepspeed"))
+    file = root / "sft_job" / compiled.name_of("cpu_adam", versions)
+    compiled.once(
+        file,
+        compiled.CPU_ADAM,
+        what="DeepSpeed's CPU Adam",
+        asked="engine.offload is cpu",
+        remedy="install a C++ compiler (g++) and Python's headers, or use engine.offload=none",
+    )
+    spec = importlib.util.spec_from_file_location("cpu_adam", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} has no loader")
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise HardwareError(
+            f"the compiled CPU Adam cannot be loaded: {error}",
+            where=str(file),
+            remedy="remove this file: it is compiled anew",
+        ) from error
+    return module
 
 
 def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> PreTrainedModel:

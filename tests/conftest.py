@@ -3,12 +3,18 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # --- the torch-free tests ----------------------------------------------------------------
 
 # No wall-clock limits and no luck: the same examples in every run, nothing kept between runs.
-settings.register_profile("repeatable", database=None, deadline=None, derandomize=True)
+settings.register_profile(
+    "repeatable",
+    database=None,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")
 
 

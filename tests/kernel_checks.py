@@ -15,7 +15,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from sft_job import attention, hardware, loss, memory, varlen
+from sft_job import attention, choices, hardware, loss, memory, varlen
 from sft_job.attention import KERNELS
 
 LENGTHS = [70, 1, 300, 129]
@@ -53,12 +53,8 @@ def loss_obstacle(function: str, dtype: str) -> str | None:
     if dtype == "bf16" and not machine.bf16:
         return f"{machine.name} has no bf16 arithmetic"
     if function == "liger":
-        if not machine.capability or machine.capability < (8, 0):
-            return f"Triton needs capability 8.0, and {machine.name} has it not"
-        package = attention.installed(imported={attention.LIGER}).get(attention.LIGER)
-        if package is None:
-            return f"{attention.LIGER} is not installed"
-        return package.fault
+        packages = attention.installed(imported={attention.LIGER})
+        return choices.liger_obstacle(machine, dtype, packages)
     return None
 
 

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -175,6 +176,10 @@ def sharding(world: World, job: Path, *overrides: str) -> dict[str, Any]:
             kinds.add("plain")
             whole += parameter.numel()
             local += parameter.numel()
+    waits = {
+        group._get_backend(world.device).options._timeout.total_seconds()
+        for group in distributed_c10d._world.pg_map
+    }
     masters = {str(p.to_local().dtype) for p in setup.model.parameters() if isinstance(p, DTensor)}
     result = {
         "kinds": sorted(kinds),
@@ -185,6 +190,8 @@ def sharding(world: World, job: Path, *overrides: str) -> dict[str, Any]:
         "weight": sorted(seen["weight"]),
         "masters": sorted(masters),
         "start": start.difference,
+        "groups": len(distributed_c10d._world.pg_map),
+        "waits": sorted(waits),
     }
     setup.close()
     return result

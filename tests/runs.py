@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import yaml
@@ -159,7 +160,6 @@ def sft_job(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         env=environment() | options.pop("env", {}),
-        timeout=400,
         **options,
     )
 
@@ -182,6 +182,42 @@ def run_job(job: Path, *overrides: str) -> RunDir:
     return run
 
 
+# Ranks that wait for a request to stop, so that it comes where a test wants it to come, however
+# late: before torch is imported ("start"), or when the batches of a step (from 0) are asked for.
+HELD = """
+import os
+if "RANK" in os.environ:
+    import time
+    from sft_job import cli
+    requests, listen = [], cli.StopRequest.listen
+    def remembered(request):
+        requests.append(request)
+        listen(request)
+    cli.StopRequest.listen = remembered
+    def held(whole, *arguments):
+        while not any(one.requested() for one in requests):
+            time.sleep(0.01)
+        return whole(*arguments)
+    if os.environ["HELD_AT"] == "start":
+        from sft_job import hardware
+        detect = hardware.detect_for_training
+        hardware.detect_for_training = lambda: held(detect)
+    else:
+        from sft_job import dataset
+        at, get = int(os.environ["HELD_AT"]), dataset.Steps.__getitem__
+        dataset.Steps.__getitem__ = lambda steps, step: (
+            held(get, steps, step) if step == at else get(steps, step)
+        )
+"""
+
+
+def held_at(folder: Path, place: str | int) -> dict[str, str]:
+    """The environment of a command whose ranks wait there for a request to stop."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(HELD)
+    return environment() | {"PYTHONPATH": f"{folder}:{ROOT}", "HELD_AT": str(place)}
+
+
 def interrupt_job(job: Path, *overrides: str, after: int, number: int = signal.SIGTERM) -> str:
     """Train, send a signal to the launcher when `after` steps are logged; must exit with 75."""
     given = dict(override.split("=", 1) for override in overrides)
@@ -191,12 +227,13 @@ def interrupt_job(job: Path, *overrides: str, after: int, number: int = signal.S
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        # The batches of a step are asked for while the one before it has yet to be trained on.
+        env=held_at(job.parent / "held", after + 1),
     )
     while process.poll() is None and len(metrics(run)) < after:
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 75, output
     return output
 
@@ -240,6 +277,10 @@ def free_port() -> int:
         return port
 
 
+# Not torch's default, to see that it reaches every group.
+GLOO_TIMEOUT_S = 1799
+
+
 def _rank_main(
     function: Callable[..., Any], rank: int, size: int, port: int, queue: Any, arguments: Any
 ) -> None:
@@ -248,12 +289,15 @@ def _rank_main(
         import torch
 
         from sft_job import hardware, world, zero3
+        from sft_job.schema import Run
         from sft_job.workers import Place
 
         torch.set_num_threads(1)
         zero3.prepare_environment(torch.device("cpu"))  # functions choose the engine later
         place = Place(rank, rank, size, size, "127.0.0.1", port)
-        joined = world.join(place, hardware.detect())
+        joined = world.join(
+            place, hardware.detect(), Run(dir="/nowhere", gloo_timeout_s=GLOO_TIMEOUT_S)
+        )
         queue.put((rank, function(joined, *arguments), None))
         world.leave()
     except BaseException:
@@ -289,7 +333,13 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[A
     results: dict[int, Any] = {}
     try:
         while len(results) < size:
-            rank, value, error = queue.get(timeout=420)
+            try:
+                rank, value, error = queue.get(timeout=1)
+            except Empty:
+                codes = {rank: process.exitcode for rank, process in enumerate(processes)}
+                killed = {r: code for r, code in codes.items() if code and r not in results}
+                assert not killed, f"ended without a word (rank: exit code): {killed}"
+                continue
             assert error is None, f"rank {rank}:\n{error}"
             results[rank] = value
     finally:

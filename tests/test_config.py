@@ -100,7 +100,7 @@ def test_numbers_in_short_scientific_form_are_numbers_among_the_extra_arguments(
     assert config.train.extra == {"adam_epsilon": 1e-8}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 def test_any_positive_learning_rate_arrives_unchanged(job_file, rate):
     """However Python writes a number, the override reads back the same one."""
@@ -330,6 +330,9 @@ def test_a_missing_key_is_named_with_the_line_of_its_section(job_file):
         ("train.learning_rate=[1]", r"valid number, not \[1\]"),
         ("train.learning_rate=.nan", "finite number, not nan"),
         ("train.weight_decay=null", "valid number, not None"),
+        ("run.nccl_timeout_s=0", "greater than or equal to 1, not 0"),
+        ("run.gloo_timeout_s=10 minutes", "valid integer.*not '10 minutes'"),
+        ("run.start_timeout_s=1000000000000", "less than or equal to 1000000, not 1000000000000"),
         ("run.online=perhaps", "valid boolean.*not 'perhaps'"),
         ("model.revision=12", "valid string, not 12"),
         ("run.dir=null", "valid string, not None"),
@@ -618,6 +621,9 @@ SAME_JOB = [
     "run.dir=/tmp/other",
     "run.processes=2",
     "run.online=true",
+    "run.start_timeout_s=60",
+    "run.nccl_timeout_s=60",
+    "run.gloo_timeout_s=7200",
 ]
 OTHER_JOB = [
     "model.path=org/name",

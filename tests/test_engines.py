@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from sft_job import world
+from sft_job.schema import Run
 from tests import ranks
-from tests.runs import encode, make_conversations, make_job, make_model, on_ranks
+from tests.runs import (
+    GLOO_TIMEOUT_S,
+    encode,
+    make_conversations,
+    make_job,
+    make_model,
+    on_ranks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +54,42 @@ def test_every_rank_holds_its_half_and_computes_in_half_precision(
         assert engine == "zero3" or result["masters"] == ["torch.float32"]
         # DeepSpeed by itself would start from rounded weights.
         assert result["start"] == 0.0
+        # DeepSpeed makes a group of its own as well, with torch's own limit.
+        assert result["groups"] >= (2 if engine == "fsdp" else 3)
+        assert result["waits"] == [GLOO_TIMEOUT_S]
+
+
+class Backend:
+    """A backend of a group, as torch has them: its limit can be set and not read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = lambda: name
+        self.limit: timedelta | None = None
+
+    def _set_default_timeout(self, limit: timedelta) -> None:
+        self.limit = limit
+
+
+def test_each_backend_has_its_own_limit() -> None:
+    """A group for both kinds of devices is made with one; what is no network has none."""
+    run = Run(dir="run", start_timeout_s=1, nccl_timeout_s=20, gloo_timeout_s=300)
+    timeouts = world.Timeouts.of(run)
+    assert timeouts.start == timedelta(seconds=1)
+    both = {"cuda": Backend("nccl"), "cpu": Backend("gloo")}
+    hosts = dict.fromkeys(("cuda", "cpu"), Backend("gloo"))  # as a group of gloo alone is
+    fake = {"cpu": Backend("fake")}
+    groups: list[Any] = [
+        SimpleNamespace(
+            _device_types=[torch.device(kind) for kind in backends],
+            _get_backend=lambda device, backends=backends: backends[device.type],
+        )
+        for backends in (both, hosts, fake)
+    ]
+    timeouts.apply(groups)
+    assert both["cuda"].limit == timedelta(seconds=20)
+    assert both["cpu"].limit == timedelta(seconds=300)
+    assert hosts["cuda"].limit == timedelta(seconds=300)
+    assert fake["cpu"].limit is None
 
 
 def test_masters_start_at_the_files_whatever_the_shapes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from sft_job import __version__, jobscript, submit
 from sft_job.config import load
 from sft_job.errors import ConfigError, SubmitError
 from sft_job.schema import JobConfig
-from sft_job.workers import MALLOC
+from sft_job.workers import Place, training_environment
 from tests.runs import ROOT, make_conversations, make_job, make_model
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
@@ -86,10 +87,15 @@ def shellcheck() -> str:
     return found
 
 
-def test_malloc_is_set_as_for_local_workers() -> None:
+def test_a_training_process_gets_the_environment_of_a_local_one() -> None:
+    """Proposed under the same names and, where they do not depend on the machine, values."""
     text = (ROOT / "slurm" / "job.sh").read_text()
-    for name, value in MALLOC.items():
-        assert f"export {name}=${{{name}:-{value}}}\n" in text
+    proposed = dict(re.findall(r"^export (\w+)=\$\{\1:-(.*)\}$", text, re.MULTILINE))
+    place = Place(0, 0, 1, 1, "127.0.0.1", 1)
+    local = training_environment(place, {})
+    assert proposed.pop("OMP_NUM_THREADS") == "$cpus"
+    del local["OMP_NUM_THREADS"]
+    assert proposed == {n: v for n, v in local.items() if n not in place.environment()}
 
 
 # --- names that mean something to a shell ------------------------------------------------
@@ -145,7 +151,7 @@ def run_script(script: Path, tools: Path, **environ: str) -> subprocess.Complete
         "SLURM_CPUS_ON_NODE": "4", "HOME": "/nowhere",
     }  # fmt: skip
     return subprocess.run(
-        ["bash", script], env=environment | environ, capture_output=True, text=True, timeout=60
+        ["bash", script], env=environment | environ, capture_output=True, text=True
     )
 
 

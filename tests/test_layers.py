@@ -37,6 +37,7 @@ TABLE = {
         "choices",
         "workers",
         "launcher",
+        "compiled",
         "plan",
         "start",
         "jobscript",
@@ -45,6 +46,7 @@ TABLE = {
     },
     3: {
         "rendezvous",
+        "network",
         "world",
         "tokenizer",
         "encode",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sft_job import fsdp, selftest, zero3
@@ -33,63 +31,54 @@ FILE = "120MB"
 MIB = 2**20
 
 
-def private(pid: int) -> int:
-    """Bytes that a process holds by itself: mapped files belong to the page cache."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+def private() -> int:
+    """Bytes that this process holds by itself: mapped files belong to the page cache."""
+    lines = Path("/proc/self/status").read_text().splitlines()
     kinds = ("RssAnon:", "RssShmem:")
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kinds))
 
 
-@dataclass
-class Window:
-    """A part of the start on one rank, from a moment when all ranks were there to another."""
+class Window(TorchDispatchMode):
+    """A part of the start on one rank, from a moment when all ranks were there to another: what it
+    holds is read before and after every operator, however fast the machine is."""
 
-    pid: int
-    begin: float
-    end: float = 0.0
-    held: int = 0
-    """Private bytes at the beginning."""
-    left: int = 0
-    """Private bytes at the end."""
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self.figures = world, Figures()
 
-
-class Sampler:
-    """Reads what all children of this process hold, again and again, in a thread."""
-
-    def __init__(self) -> None:
-        self.samples: list[tuple[float, dict[int, int]]] = []
-        self._enough = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._enough.is_set():
-            held = {}
-            for child in multiprocessing.active_children():
-                try:
-                    held[child.pid or 0] = private(child.pid or 0)
-                except FileNotFoundError:
-                    continue  # ended meanwhile
-            self.samples.append((time.time(), held))
-            time.sleep(0.0005)
-
-    def __enter__(self) -> Sampler:
-        self._thread.start()
+    def __enter__(self) -> Window:
+        gc.collect()
+        self.world.barrier()
+        self.figures.held = self.figures.most = private()
+        super().__enter__()
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self._enough.set()
-        self._thread.join()
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        self.world.barrier()
+        self.figures.left = self._look()
 
-    def peak(self, windows: list[Window]) -> int:
-        """Most bytes that the windows' processes held together, above what they began with."""
-        begin, end = min(w.begin for w in windows), max(w.end for w in windows)
-        found = [
-            sum(held.get(window.pid, 0) for window in windows)
-            for moment, held in self.samples
-            if begin <= moment <= end
-        ]
-        assert len(found) > 5, "too few samples to tell anything"
-        return max(found) - sum(window.held for window in windows)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._look()
+        result = func(*args, **(kwargs or {}))
+        self._look()
+        return result
+
+    def _look(self) -> int:
+        now = private()
+        self.figures.most = max(self.figures.most, now)
+        self.figures.looks += 1
+        return now
+
+
+@dataclass
+class Figures:
+    """Private bytes of a rank: at a window's beginning, at its end, and the most between."""
+
+    held: int = 0
+    left: int = 0
+    most: int = 0
+    looks: int = 0
 
 
 # --- on the ranks ------------------------------------------------------------------------
@@ -114,26 +103,12 @@ class Loaded:
     """
 
     shards: int
-    loading: Window
-    engine: Window
+    loading: Figures
+    engine: Figures
 
 
 class Begun(Exception):
     """The first forward pass would be next."""
-
-
-def begin(world: World) -> Window:
-    gc.collect()
-    world.barrier()
-    window = Window(os.getpid(), time.time())
-    window.held = private(window.pid)
-    return window
-
-
-def end(world: World, window: Window) -> Window:
-    world.barrier()
-    window.end, window.left = time.time(), private(window.pid)
-    return window
 
 
 def start(world: World, small: Path, job: Path, cases: list[Case]) -> list[Loaded]:
@@ -148,14 +123,15 @@ def start(world: World, small: Path, job: Path, cases: list[Case]) -> list[Loade
 
 def start_once(world: World, job: Path, case: Case) -> Loaded:
     module = ENGINES[case.engine]
-    load, windows = module.load, []
+    load, figures = module.load, []
 
     def watched(folder: Path, *args: Any, **options: Any) -> Any:
-        window = begin(world)
-        files = WeightFiles(folder)
-        whole = [files.read(name).clone() for name in files.shapes if case.greedy and world.is_main]
-        model = load(folder, *args, **options)
-        windows.append(end(world, window))
+        with Window(world) as window:
+            files = WeightFiles(folder)
+            greedy = case.greedy and world.is_main
+            whole = [files.read(name).clone() for name in files.shapes if greedy]
+            model = load(folder, *args, **options)
+        figures.append(window.figures)
         del whole
         return model
 
@@ -166,12 +142,15 @@ def start_once(world: World, job: Path, case: Case) -> Loaded:
     ]
     shards = sum(part.numel() * part.element_size() for part in parts)
     del parts
-    window = begin(world)
-    with mock.patch.object(selftest, "run", side_effect=Begun), pytest.raises(Begun):
+    with (
+        Window(world) as window,
+        mock.patch.object(selftest, "run", side_effect=Begun),
+        pytest.raises(Begun),
+    ):
         setup.trainer.train()
-    windows.append(end(world, window))
+    figures.append(window.figures)
     setup.close()
-    return Loaded(shards, *windows)
+    return Loaded(shards, *figures)
 
 
 # --- the test ----------------------------------------------------------------------------
@@ -220,19 +199,16 @@ def test_the_model_passes_through_memory_in_parts(model: Model, ranks: int) -> N
     engines; a rank that reads everything is found out. Then DeepSpeed starts: beyond what it
     keeps, it gathers a table on every rank, as training does."""
     cases = [Case("fsdp"), Case("fsdp", greedy=True), Case("zero3")]
-    with (
-        # Freed memory goes back to the kernel, so that what a process has is what it holds.
-        mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"),
-        Sampler() as sampler,
-    ):
+    # Freed memory goes back to the kernel, so that what a process has is what it holds.
+    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"):
         by_rank = on_ranks(start, ranks, model.small, model.large, cases)
     for case, found in zip(cases, zip(*by_rank, strict=True), strict=True):
         shards = sum(one.shards for one in found)
-        above = sampler.peak([one.loading for one in found]) - shards
-        engine = [one.engine for one in found]
-        kept = sum(window.left - window.held for window in engine)
-        passing = sampler.peak(engine) - kept
+        above = sum(one.loading.most - one.loading.held for one in found) - shards
+        kept = sum(one.engine.left - one.engine.held for one in found)
+        passing = sum(one.engine.most - one.engine.held for one in found) - kept
         figures = {"parts": shards, "above": above, "kept": kept, "passing": passing}
         print(ranks, case, *(f"{name} {value / MIB:.1f} MiB" for name, value in figures.items()))
+        assert min(one.loading.looks for one in found) > 100
         assert (above < model.file + model.layer) is not case.greedy
         assert passing < ranks * model.table + model.layer

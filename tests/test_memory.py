@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sft_job import hardware
+from sft_job import hardware, memory
 from sft_job.memory import Setting, estimate
 from sft_job.prepared import KNOWN_FACTS, ModelFacts, read_facts
 from tests import ranks
@@ -245,3 +246,50 @@ def test_the_parts_make_the_total() -> None:
     parts = dataclasses.asdict(memory)
     del parts["moment"], parts["host"]
     assert sum(parts.values()) == memory.total
+
+
+@pytest.mark.parametrize(
+    ("supervised", "vocabulary", "hidden", "rows"),
+    [
+        (16384, 32_000, 4096, 2048),
+        (16385, 32_000, 4096, 4096),  # 2049 rounded up, where a floor would say 2048
+        (8192, 128_256, 4096, 256),
+        (8193, 128_256, 4096, 512),
+        (100, 128_256, 4096, 4),
+        (1, 128_256, 4096, 1),
+        (3, 503, 64, 1),
+        (5, 100, 64, 4),
+        (3, 64, 64, 3),  # 4, but there are 3
+        (0, 32_000, 4096, 0),
+    ],
+)
+def test_ligers_chunk_is_counted_as_it_cuts_it(
+    supervised: int, vocabulary: int, hidden: int, rows: int
+) -> None:
+    """ceil, then the next power of two, then no more than there are."""
+    assert memory.liger_rows(supervised, vocabulary, hidden) == rows
+
+
+def test_ligers_chunk_is_that_of_the_installed_release() -> None:
+    """The logits that it asks memory for, whatever it divides by what."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    import torch
+    from liger_kernel.ops import fused_linear_cross_entropy as liger
+
+    class Stop(Exception):
+        """The first chunk has been cut."""
+
+    class Rows(torch.Tensor):
+        """Refuses to be sliced, and says where."""
+
+        def __getitem__(self, part: Any) -> torch.Tensor:
+            raise Stop(part.stop)
+
+    for supervised, vocabulary, hidden in itertools.product((1, 3, 70, 4097), (97, 503), (8, 64)):
+        rows = torch.zeros(supervised, hidden).as_subclass(Rows)
+        targets = torch.zeros(supervised, dtype=torch.int64)
+        with pytest.raises(Stop) as stopped:
+            liger.fused_linear_cross_entropy_forward(
+                rows, torch.zeros(vocabulary, hidden), targets, reduction="sum"
+            )
+        assert stopped.value.args == (memory.liger_rows(supervised, vocabulary, hidden),)

@@ -143,6 +143,24 @@ def test_cross_entropy_is_ligers_where_triton_runs(
     assert chosen.reason.startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("precision", "value"), [("bf16", "liger"), ("fp32", "liger"), ("fp16", "torch")]
+)
+def test_cross_entropy_of_fp16_keeps_small_probabilities(job_file, precision, value):
+    """Liger's kernel loses them there, on whatever GPU: never chosen, by name refused."""
+    packages = {LIGER: Package("0.8.5")}
+    job = [f"train.precision={precision}"]
+    chosen = resolve(load(job_file, job), A100, 1, None, LLAMA, packages).cross_entropy
+    assert chosen.value == value
+    asked = load(job_file, [*job, "model.cross_entropy=liger"])
+    if value == "liger":
+        assert resolve(asked, A100, 1, None, LLAMA, packages).cross_entropy.value == "liger"
+        return
+    assert chosen.reason == "not liger: in fp16 it loses the gradients of small probabilities"
+    with pytest.raises(HardwareError, match="liger, but in fp16 it loses the gradients of small"):
+        resolve(asked, A100, 1, None, LLAMA, packages)
+
+
 def test_the_device_is_named_as_it_is(resolved):
     """GPUs with their number, a CPU by its name."""
     assert resolved(world=8).device == "8 x NVIDIA A100-SXM4-80GB"

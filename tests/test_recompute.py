@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ from sft_job.plan import plan_of
 from tests import ranks
 from tests.runs import encode, make_conversations, make_job, make_model, on_ranks
 
+# torch's operators about attention that no training pass ends in: compositions of others, what
+# has no backward pass, and what writes into a tensor that it is given.
+NOT_KEPT = {
+    "aten::scaled_dot_product_attention",
+    "aten::_scaled_dot_product_attention_math",
+    "aten::_scaled_dot_product_attention_math_for_mps",
+    "aten::_native_multi_head_attention",
+    "aten::_triton_multi_head_attention",
+    "aten::_triton_scaled_dot_attention",
+    "aten::_flash_attention_forward_no_dropout_inplace",
+    "torch_attn::_varlen_attn_out",
+}
 LAYERS, PRODUCTS = 4, 7  # query, key, value, output; gate, up, down
 VARIANTS = [("none", None), ("full", None), ("selective", 0), ("selective", 4), ("selective", 6)]
 ENGINES = ["fsdp", "zero3"]
@@ -152,3 +166,59 @@ def test_a_rank_without_a_conversation(
     for name in ("lonely", "lonely full"):
         for ours, theirs in zip(trained[name].records, single, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+# --- which operators are attention -------------------------------------------------------------
+
+
+def test_every_attention_operator_of_torch_is_kept() -> None:
+    """Whatever the installed torch can end in; what it changes in place could not be kept."""
+    import torch.nn.attention.varlen  # defines its operators
+
+    names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    about = {
+        name
+        for name in names
+        if name.startswith(("aten::", "torch_attn::"))
+        and ("attention" in name or "attn" in name)
+        and not name.endswith("_backward")
+    }
+    assert about
+    assert about - NOT_KEPT == {n for n in about if n in models.ATTENTION_OPERATORS}
+    for name in models.ATTENTION_OPERATORS & names:
+        schema = torch._C._dispatch_find_schema_or_throw(name, "").schema()
+        assert not schema.is_mutable, name
+        assert str(schema.returns[0].type) == "Tensor"
+
+
+def test_every_attention_operator_of_xformers_is_kept() -> None:
+    """Those that it tries on NVIDIA GPUs, in its order, as its files name them."""
+    found = importlib.util.find_spec("xformers")
+    if found is None:
+        pytest.skip("xformers is not installed")
+    folder = Path(next(iter(found.submodule_search_locations or []))) / "ops" / "fmha"
+    dispatch = ast.parse((folder / "dispatch.py").read_text())
+    (tried,) = (
+        node
+        for node in ast.walk(dispatch)
+        if isinstance(node, ast.FunctionDef) and node.name == "_dispatch_fw_priority_list"
+    )
+    files = {
+        node.value.id
+        for node in ast.walk(tried)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "FwOp"
+        and isinstance(node.value, ast.Name)
+    }
+    # AMD's, and one for inference alone.
+    files -= {"ck", "triton_splitk"}
+    assert {"flash3", "flash", "cutlass"} <= files
+    for name in files:
+        (operator,) = (
+            ast.literal_eval(call.args[0]) + "::" + ast.literal_eval(call.args[1])
+            for node in ast.walk(ast.parse((folder / f"{name}.py").read_text()))
+            if isinstance(node, ast.ClassDef) and node.name == "FwOp"
+            for call in ast.walk(node)
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "get_operator"
+        )
+        assert operator in models.ATTENTION_OPERATORS

@@ -22,6 +22,7 @@ from tests import ranks
 from tests.runs import (
     command,
     environment,
+    held_at,
     interrupt_job,
     make_conversations,
     make_job,
@@ -187,19 +188,19 @@ def test_other_settings_are_refused_with_the_ways_out(job: Path, finished: RunDi
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_other_signals_and_the_loading_phase(folder: Path, job: Path, number: int) -> None:
-    """Asked to stop while the workers still import: exit 75, nothing lost, nothing half-made."""
+    """Asked to stop before the workers have imported torch: exit 75, nothing half-made."""
     run = RunDir(folder / f"early-{number}")
     process = subprocess.Popen(
         command("train", job, f"run.dir={run.path}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=held_at(folder / "held", "start"),
     )
     while not run.log(1, 1).exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 75, output
     assert "interrupted by signal" in output
     assert run.checkpoint_steps() == []
@@ -215,13 +216,13 @@ def test_stop_file_stops_like_a_signal(folder: Path, job: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=held_at(folder / "held", "start"),
     )
     while run.stop_file(1).exists():
         assert process.poll() is None
         time.sleep(0.005)
     run.stop_file(1).touch()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 75, output
     assert "stop file stop-1" in output
     run_job(job, f"run.dir={run.path}")
@@ -256,7 +257,7 @@ def test_killed_worker_takes_the_others_down(folder: Path, job: Path) -> None:
     workers = children(process)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate()
     assert process.returncode == 1
     assert "rank 1 was ended by signal SIGKILL" in errors
     assert "Traceback" not in errors

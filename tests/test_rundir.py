@@ -362,7 +362,7 @@ def test_builders_at_the_same_time_leave_one_good_folder(tmp_path, umask):
             with publish_dir(tmp_path / "f") as beside:
                 for name in ("a", "b", "c"):
                     (beside / name).write_text(str(number))
-                together.wait(timeout=60)
+                together.wait()
         except BaseException as error:
             failures.append(error)
 

@@ -90,7 +90,7 @@ def program(tmp_path: Path, *checks: str) -> subprocess.CompletedProcess[str]:
     path = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, str(PROGRAM), "--scratch", str(tmp_path), *checks]
     environ = os.environ | hidden | path
-    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, env=environ)
 
 
 def test_without_a_gpu_it_stops_at_once(tmp_path: Path) -> None:

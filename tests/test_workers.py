@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 
 from sft_job import cli, launcher, workers
 from sft_job.cli import StopRequest
+from sft_job.config import load
 from sft_job.errors import (
     DataError,
     HardwareError,
@@ -340,6 +340,94 @@ def test_the_users_environment_wins_over_our_defaults(crew, tmp_path, monkeypatc
     assert environ["RANK"] == "0"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "environ", "told"),
+    [
+        ([], {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}),
+        ([], {"PYTORCH_ALLOC_CONF": "", "HF_HUB_OFFLINE": "0"}, {"HF_HUB_OFFLINE": "1"}),
+        ([], {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, {"HF_HUB_OFFLINE": "1"}),
+        (["run.online=true"], {"PYTORCH_ALLOC_CONF": "x:1"}, {}),
+        (
+            ["run.online=true", "train.deterministic=true"],
+            {"PYTORCH_ALLOC_CONF": "x:1"},
+            {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+        ),
+        (
+            ["run.online=true", "train.deterministic=true"],
+            {"PYTORCH_ALLOC_CONF": "x:1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"},
+            {},
+        ),
+    ],
+)
+def test_a_process_tells_its_libraries_what_the_job_says(job_file, overrides, environ, told):
+    """The allocator and cuBLAS as the user has them; offline is the job's to say."""
+    assert workers.own_environment(load(job_file, overrides), environ) == told
+
+
+def test_libraries_are_told_before_torch_is_imported(job_file):
+    """torch reads it once. The order of a rank itself, in a process that has no torch yet."""
+    code = (
+        "import sys\n"
+        "from sft_job import worker, workers\n"
+        "from sft_job.config import load\n"
+        "def told(config, environ):\n"
+        "    raise SystemExit('torch' in sys.modules)\n"
+        "workers.own_environment = told\n"
+        f"worker.Rank(load({str(job_file)!r}), *[None] * 6, launched=False).run()\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(Path(workers.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=environ).returncode == 0
+
+
+WARNS = """
+import sys, warnings
+from sft_job import workers
+{start}
+def collective(name):
+    warnings.warn(f"`{{name}}` is deprecated", FutureWarning, stacklevel=2)
+def step(number):
+    with warnings.catch_warnings():  # as torch does: Python forgets what it has shown
+        warnings.simplefilter("ignore", ResourceWarning)
+    for name in ("gather", "scatter"):
+        collective(name)
+    warnings.filterwarnings("always", category=UserWarning)  # as a library that insists
+    warnings.warn("this again", UserWarning)
+    warnings.warn(f"step {{number}} was slow", RuntimeWarning)
+for number in range(100):
+    step(number)
+with warnings.catch_warnings(record=True) as caught:  # nobody's log: everything is caught
+    for _ in range(2):
+        warnings.warn("this again", UserWarning)
+print(len(caught))
+"""
+
+
+def said(start: str) -> tuple[str, list[str]]:
+    """Standard output of a process that warns in 100 steps, and its warnings."""
+    environ = os.environ | {"PYTHONPATH": str(Path(workers.__file__).parents[1])}
+    command = [sys.executable, "-c", WARNS.format(start=start)]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    return result.stdout, [line for line in result.stderr.splitlines() if "Warning:" in line]
+
+
+def test_a_warning_is_said_once_in_a_log():
+    """Whatever libraries do to the filters; of one with a number in it the first are enough."""
+    caught, lines = said("workers.say_warnings_once()")
+    assert caught == "2\n"
+    texts = [line.partition(" ")[2] for line in lines]
+    assert [text for text in texts if "slow" not in text][:3] == [
+        "FutureWarning: `gather` is deprecated",
+        "FutureWarning: `scatter` is deprecated",
+        "UserWarning: this again",
+    ]
+    assert len(lines) == 3 + workers.WARNINGS_OF_A_LINE + 1
+    slow = [line for line in lines if "RuntimeWarning" in line]
+    assert len(slow) == workers.WARNINGS_OF_A_LINE + 1
+    assert slow[-1].endswith("more of these are not shown")
+    # By itself Python says them in every step.
+    assert len(said("")[1]) == 400
+
+
 def test_rank_0_speaks_and_everything_else_goes_to_logs(crew, run_dir, capfd):
     """One process writes to the terminal; errors of all are in the logs."""
     crew("print('out', rank); print('err', rank, file=sys.stderr)").wait(StopRequest())
@@ -509,9 +597,9 @@ def test_a_worker_does_not_outlive_its_launcher(stopped):
             os.kill(pid, signal.SIGSTOP)
         process.kill()
         process.wait()
-        # The pipe ends when the last process that holds it has ended.
-        ended, _, _ = select.select([process.stdout], [], [], 60)
-        if not ended:
+        try:
+            # The pipe ends when the last process that holds it has ended.
+            assert process.stdout.read() == b""
+        except BaseException:
             os.kill(pid, signal.SIGKILL)
-        assert ended
-        assert process.stdout.read() == b""
+            raise

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif asked != "all" and item.get_closest_marker("widest"):
             item.add_marker(pytest.mark.skip(reason="`make cluster ALL=1` runs it"))
         else:
-            item.add_marker(pytest.mark.timeout(600))
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")
