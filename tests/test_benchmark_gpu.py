@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from sft_job import hardware, workers
+from sft_job import hardware, launcher, workers
 from sft_job.config import load
 from sft_job.hardware import Hardware
 from sft_job.launcher import Workers
