@@ -1,7 +1,10 @@
 """Full-parameter fine-tuning of LLaMA-family chat models from one job file.
 
     layer 0   errors          error kinds and exit codes
-    layer 1   schema          the job file: its keys, units and defaults
+    layer 1   source          the text of a job file: values as written, with their lines
+              paths           paths in it: $VAR and ~, what can be one
+              schema          the job file: its keys, units and defaults
+              extras          train.extra: which TrainingArguments, which values
               config          reading it: overrides, faults
               cli             arguments, messages, requests to stop
     layer 2   rundir          every name in the run directory and the cache

@@ -40,8 +40,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from sft_job.config import read_stored, stored
 from sft_job.errors import RunDirError
 from sft_job.schema import JobConfig
 
@@ -166,7 +165,7 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # job.json first: it is what makes the folder this job's.
-            write_atomically(self.job_file, config.model_dump_json(indent=2) + "\n")
+            write_atomically(self.job_file, stored(config))
             write_atomically(self.config_file, text)
         except OSError as error:
             raise RunDirError(
@@ -177,8 +176,8 @@ class RunDir:
 
     def _refuse_another_job(self, config: JobConfig) -> None:
         try:
-            before = JobConfig.model_validate_json(self.job_file.read_text()).identity()
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
+            before = read_stored(self.job_file.read_text(encoding="utf-8")).identity()
+        except (ValueError, OSError) as error:
             raise RunDirError(
                 "job.json was not written by this version, so it cannot be told whose run this is",
                 where=str(self.job_file),

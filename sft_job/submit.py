@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_job import __version__, cli, follow, jobscript, slurm
-from sft_job.config import load
+from sft_job.config import load, stored
 from sft_job.conversations import read_trainable
 from sft_job.errors import (
     ConfigError,
@@ -101,7 +101,7 @@ def submit(args: argparse.Namespace) -> int:
     with run_dir.alone(".submit", "submitting this job"):
         _refuse_second(config, run_dir, args.after)  # another may have come first meanwhile
         # What runs is job.json: overrides applied, paths absolute, the model's commit fixed.
-        write_atomically(run_dir.job_file, config.model_dump_json(indent=2) + "\n")
+        write_atomically(run_dir.job_file, stored(config))
         write_atomically(run_dir.script, text)
         run_dir.cancelled.unlink(missing_ok=True)
         for path in jobscript.bound(config, os.environ).writable:
@@ -472,7 +472,7 @@ def fetch(config: JobConfig) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"online": True})})
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
-        job.write_text(config.model_dump_json(), encoding="utf-8")
+        job.write_text(stored(config), encoding="utf-8")
         words: list[str] = []
         if isinstance(config.container, Apptainer):
             seen = jobscript.bound(config, os.environ)
