@@ -17,6 +17,7 @@
               memory          bytes of a device at the peak of a step
               flops           operations of a step, and how long they take
               fit             what fits: checkpointing, micro-batch size, what to change
+              rates           the learning rate of every step
               choices         the other decisions of a plan: precision, kernels, positions
               workers         the training processes of one machine: started, watched, stopped
               plan            everything derived from a job, in one place; `sft-job plan`

@@ -171,7 +171,9 @@ class Train(Section):
         "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "cosine"
     warmup_ratio: Number = Field(0.03, ge=0, le=1)
-    """Share of all steps over which the learning rate rises from 0."""
+    """Share of all steps over which the learning rate rises, never the last one. Step i of w such
+    steps has (i + 1) / (w + 1) of learning_rate: from 0 on, as in Hugging Face's schedules, the
+    first step of every run would change nothing."""
     weight_decay: Number = Field(0.0, ge=0, le=100)
     max_grad_norm: Number = Field(1.0, ge=0, le=10**9)
     """Gradients are scaled down to this global norm; 0 never scales."""

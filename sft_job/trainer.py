@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -27,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_job import checkpoint, extras, fsdp, loss, selftest, zero3
+from sft_job import checkpoint, extras, fsdp, loss, rates, selftest, zero3
 from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
 from sft_job.dataset import StepBatch, Steps
@@ -78,6 +79,8 @@ def training_arguments(
 
 class SftTrainer(Trainer):
     """A Trainer whose batch is a whole step of this rank."""
+
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -159,6 +162,16 @@ class SftTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         optimizer._step_supports_amp_scaling = False
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The rates that the plan has looked at: Hugging Face's warm-up would begin with 0."""
+        if self.lr_scheduler is None:
+            share = rates.schedule(self.config, num_training_steps)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     @property
     def _scales_loss(self) -> bool:

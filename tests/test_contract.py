@@ -34,6 +34,7 @@ from sft_job.schema import JobConfig
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("create_optimizer", ["self", "model"]),
+        ("create_scheduler", ["self", "num_training_steps", "optimizer"]),
         ("_save_scaler", ["self", "output_dir"]),
         ("_load_scaler", ["self", "checkpoint"]),
         ("_save_rng_state", ["self", "output_dir"]),

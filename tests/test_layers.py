@@ -29,6 +29,7 @@ TABLE = {
         "memory",
         "flops",
         "fit",
+        "rates",
         "choices",
         "workers",
         "plan",
