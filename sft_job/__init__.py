@@ -17,7 +17,9 @@
               memory          bytes of a device at the peak of a step
               flops           operations of a step, and how long they take
               fit             what fits: checkpointing, micro-batch size, what to change
+              images          what is known of a container image from outside
               rates           the learning rate of every step
+              preflight       what is looked at before a run directory is claimed
               choices         the other decisions of a plan: precision, kernels, positions
               workers         the training processes of one machine: started, watched, stopped
               plan            everything derived from a job, in one place; `sft-job plan`

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_job import attention, choices, cli, fit, flops, hardware, rates
+from sft_job import attention, choices, cli, fit, flops, hardware, preflight, rates
 from sft_job.attention import Choice, Package
 from sft_job.batching import Schedule, deal, idle_share
 from sft_job.config import load
@@ -465,6 +465,7 @@ def main(argv: Sequence[str]) -> int:
     if args.count is not None and not 1 <= args.count <= MOST_PROCESSES:
         parser.error(f"--count: a number from 1 to {MOST_PROCESSES:,}")
     config = load(args.job, args.overrides)
+    preflight.check(config)
     plan = plan_for(config, args.gpu, args.count or 1, args.mfu) if args.gpu else plan_of(config)[0]
     print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else show(plan))
     return 0

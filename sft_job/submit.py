@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_job import __version__, cli, follow, jobscript, slurm
+from sft_job import __version__, cli, follow, images, jobscript, preflight, slurm
 from sft_job.config import load, stored
 from sft_job.conversations import read_trainable
 from sft_job.errors import (
@@ -49,9 +49,6 @@ from sft_job.prepared import (
 )
 from sft_job.rundir import RunDir, append_line, write_atomically
 from sft_job.schema import Apptainer, JobConfig
-
-# Of an image, and what it must say.
-VERSION_LABEL = "sft_job.version"
 
 # Kinds of file system that belong to one machine alone.
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay"}
@@ -207,6 +204,7 @@ def check(
     look("data", lambda: _data(config))
     look("model", lambda: _model(config))
     look("container", lambda: _container(config))
+    look("report_to", lambda: iter(preflight.check(config)))
     look("plan", planned)
     look("disk", lambda: _disk(config, plan))
     if not local:
@@ -378,22 +376,12 @@ def _image_version(image: Path) -> str:
     Raises:
         SubmitError: it is not the version that makes this job's files.
     """
-    if shutil.which("apptainer") is None:
-        return "version not checked: no apptainer on this machine"
-    command = ["apptainer", "inspect", "--json", "--labels", str(image)]
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=slurm.TIMEOUT_S, check=True
-        )
-        labels = json.loads(answer.stdout)["data"]["attributes"]["labels"]
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or f"exit code {error.returncode}"
-        raise SubmitError([f"container.image: apptainer cannot read {image}: {said}"]) from error
-    except (subprocess.TimeoutExpired, ValueError, LookupError, TypeError):
-        return "version not checked: its labels cannot be read"
-    version = (labels or {}).get(VERSION_LABEL)
+    labels = images.labels(image)
+    if isinstance(labels, str):
+        return f"version not checked: {labels}"
+    version = labels.get(images.VERSION_LABEL)
     if version is None:
-        return f"version not checked: it has no label {VERSION_LABEL}"
+        return f"version not checked: it has no label {images.VERSION_LABEL}"
     if version != __version__:
         raise SubmitError(
             [f"container.image: {image} brings sft_job {version}, this is {__version__}: "

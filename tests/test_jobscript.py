@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sft_job import __version__, jobscript, submit
+from sft_job import __version__, images, jobscript, submit
 from sft_job.config import load
 from sft_job.errors import ConfigError, SubmitError
 from sft_job.paths import escape
@@ -110,7 +110,7 @@ exit 0
 
 
 # What `apptainer inspect --json --labels` prints of an image of this version.
-LABELS = json.dumps({"data": {"attributes": {"labels": {submit.VERSION_LABEL: __version__}}}})
+LABELS = json.dumps({"data": {"attributes": {"labels": {images.VERSION_LABEL: __version__}}}})
 
 
 def awkward_name(rng: random.Random) -> str:
