@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sft_job import cli, plan
 from sft_job.config import known_keys, load, stored
 
-EXAMPLES = int(os.environ.get("SFT_JOB_FUZZ", "70"))
+EXAMPLES = int(os.environ.get("SFT_JOB_FUZZ", "50"))
 fuzz = settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
