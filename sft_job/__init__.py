@@ -1,7 +1,7 @@
 """Full-parameter fine-tuning of LLaMA-family chat models from one job file.
 
     layer 0   errors          error kinds and exit codes
-    layer 1   source          the text of a job file: values as written, with their lines
+    layer 1   yamltext        the text of a job file: values as written, with their lines
               paths           paths in it: $VAR and ~, what can be one
               schema          the job file: its keys, units and defaults
               extras          train.extra: which TrainingArguments, which values

@@ -30,7 +30,7 @@ from sft_job.schema import (
     Zero3,
     shown,
 )
-from sft_job.source import DEEPEST, MOST_BYTES, TILDE, Plain, Source, as_text, resolved
+from sft_job.yamltext import DEEPEST, MOST_BYTES, TILDE, Plain, Source, as_text, resolved
 
 # Keys of the design that this version does not act on yet. A key that is accepted and then
 # ignored is worse than one that is refused, so they are refused by name.

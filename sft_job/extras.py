@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from sft_job.schema import Engine, Train, Zero3, shown
-from sft_job.source import number
+from sft_job.yamltext import number
 
 _RELEASE: dict[str, Any] = json.loads(
     resources.files("sft_job").joinpath("training_arguments.json").read_text(encoding="utf-8")

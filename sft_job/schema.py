@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sft_job.paths import expand
-from sft_job.source import number
+from sft_job.yamltext import number
 
 
 def _written(kind: str) -> BeforeValidator:
-    """Reads a number that is written as text, in one way only (`source.number`).
+    """Reads a number that is written as text, in one way only (`yamltext.number`).
 
     Args:
         kind: as the message has it, "integer" or "number".

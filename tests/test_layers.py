@@ -17,7 +17,7 @@ PACKAGE = Path(sft_job.__file__).parent
 ENTRY = 5
 TABLE = {
     0: {"errors"},
-    1: {"source", "paths", "schema", "extras", "config", "cli"},
+    1: {"yamltext", "paths", "schema", "extras", "config", "cli"},
     2: {
         "rundir",
         "conversations",

@@ -8,7 +8,7 @@ import pytest
 
 from sft_job.config import load
 from sft_job.errors import ConfigError
-from sft_job.source import DEEPEST, MOST_VALUES, Source, as_text, number, resolved
+from sft_job.yamltext import DEEPEST, MOST_VALUES, Source, as_text, number, resolved
 
 
 def values(text: str) -> Any:
