@@ -1,7 +1,10 @@
 """Full-parameter fine-tuning of LLaMA-family chat models from one job file.
 
     layer 0   errors          error kinds and exit codes
-    layer 1   schema          the job file: its keys, units and defaults
+    layer 1   yamltext        the text of a job file: values as written, with their lines
+              paths           paths in it: $VAR and ~, what can be one
+              schema          the job file: its keys, units and defaults
+              extras          train.extra: which TrainingArguments, which values
               config          reading it: overrides, faults
               seal            what a folder holds, by size and checksum
               files           how files and folders are written
@@ -21,6 +24,9 @@
               memory          bytes of a device at the peak of a step
               flops           operations of a step, and how long they take
               fit             what fits: checkpointing, micro-batch size, what to change
+              images          what is known of a container image from outside
+              rates           the learning rate of every step
+              preflight       what is looked at before a run directory is claimed
               choices         the other decisions of a plan: precision, kernels, positions
               workers         who this process is: launcher or worker, and which
               launcher        the training processes of one machine: started, watched, stopped

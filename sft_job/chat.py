@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sft_job import cli
 from sft_job.errors import ModelError
+from sft_job.prepared import BUNDLED, hub_folder
 from sft_job.rundir import CacheDir, RunDir
 from sft_job.schema import Model
 
@@ -22,15 +23,16 @@ def main(argv: Sequence[str]) -> int:
         "--prompt", action="append", metavar="TEXT", help="answer this and leave; may be repeated"
     )
     parser.add_argument("--system", help="system text instead of the model's default")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=_tokens, default=256, metavar="N")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) is greedy decoding"
+        "--temperature", type=_temperature, default=0.0, help="0 (default) is greedy decoding"
     )
     parser.add_argument("--cache-dir", type=Path, default=Path("runs/.sft_job_cache"))
     parser.add_argument("--online", action="store_true", help="may fetch from the model hub")
     parser.add_argument("--debug", action="store_true", help="show the traceback of any error")
     args = parser.parse_args(argv)
-    if args.prompt is None and not sys.stdin.isatty():
+    refuse_unknown(args.model, online=args.online)
+    if args.prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
         parser.error("standard input is not a terminal; give --prompt TEXT")
     partner = Partner(
         find_model(args.model, args.cache_dir, online=args.online),
@@ -45,6 +47,46 @@ def main(argv: Sequence[str]) -> int:
             partner.forget()
         return 0
     return converse(partner)
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text[:9]) < 10**8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:  # nor nan
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100")
+    return value
+
+
+def refuse_unknown(name: str, *, online: bool) -> None:
+    """Before anything is fetched, loaded or asked.
+
+    Raises:
+        ModelError: nothing of that name is here, or it cannot be looked into.
+    """
+    remedy = "give a run directory, a model folder, a hub id or bundled:NAME"
+    path = Path(name)
+    try:
+        if name and path.is_dir():
+            os.scandir(path).close()
+        elif name and os.path.lexists(path):
+            raise ModelError("not a folder", where=name, remedy=remedy)
+        elif not name or name[0] in "./~" or len(path.parts) > 2:
+            raise ModelError("no such folder", where=name or "''", remedy=remedy)
+        elif not online and name not in BUNDLED and not hub_folder(name).is_dir():
+            raise ModelError(
+                "neither a folder nor in the local hub cache",
+                where=name,
+                remedy=f"{remedy}; --online fetches a model from the hub",
+            )
+    except OSError as error:
+        raise ModelError(
+            f"cannot be looked into: {error.strerror}", where=name[:80], remedy=remedy
+        ) from error
 
 
 def converse(partner: Partner) -> int:
@@ -90,8 +132,6 @@ def find_model(name: str, cache_dir: Path, *, online: bool) -> Path:
                 )
             return run_dir.model
         path = path.absolute()
-    elif name[:1] in "./~":
-        raise ModelError("no such folder", where=name, remedy="give a run directory or a model")
     from sft_job.model import prepare_folder
 
     source = Model(path=str(path) if path.is_dir() else name)

@@ -15,6 +15,12 @@ from sft_job.schema import JobConfig, LinearRope
 
 def precision(config: JobConfig, hardware: Hardware) -> Choice:
     asked = config.train.precision
+    if config.train.extra.get("tf32") is True and (hardware.capability or (0, 0)) < (8, 0):
+        raise HardwareError(  # else torch does, in the ranks
+            f"train.extra.tf32 is true, but {hardware.name} has no TF32 (GPUs of compute "
+            "capability 8.0 and newer have)",
+            remedy="leave it out",
+        )
     old = hardware.device == "cuda" and not hardware.bf16
     if asked == "bf16" and old:
         raise HardwareError(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_job import attention, choices, cli, fit, flops, hardware
+from sft_job import attention, choices, cli, fit, flops, hardware, preflight, rates
 from sft_job.attention import Choice, Package
 from sft_job.batching import Schedule, deal, idle_share
 from sft_job.config import load
@@ -24,10 +24,14 @@ from sft_job.formats import ignored_line
 from sft_job.hardware import Hardware
 from sft_job.memory import BYTES, Memory
 from sft_job.prepared import DataStats, ModelFacts, Prepared, find_prepared, model_facts
-from sft_job.schema import JobConfig
+from sft_job.schema import MOST_PROCESSES, JobConfig
 
-# Steps looked at for the predicted idle share; a longer run is sampled evenly.
+# Steps looked at for the predicted idle share; a longer run is sampled evenly, in its first
+# epochs: later ones are shuffled alike, and each costs a shuffle.
 IDLE_SAMPLE = 200
+IDLE_EPOCHS = 3
+# Ranks, or units of a step, times the steps that are looked at.
+IDLE_WORK = 10**6
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def resolve(
         mfu: model FLOPs utilisation to plan with; None takes `flops.assumed_utilisation`.
 
     Raises:
-        HardwareError, ModelError: what the job asks for by name cannot be had.
+        ConfigError, HardwareError, ModelError: what the job asks for cannot be had.
     """
     precision = choices.precision(config, hardware)
     kernel = choices.attention(config, hardware, precision.value, facts, packages)
@@ -125,6 +129,8 @@ def resolve(
     rope, factor = choices.rope(config, facts)
     scale = facts.attention_scale if facts else 12.0 * 4096
     schedule = schedule_of(config, stats) if stats else None
+    steps = schedule.steps if schedule else None
+    warmup = rates.checked_warmup(config, steps)
     step = _step(config, schedule, stats)
     parameters = facts.parameters if facts else None
     room = fit.capacity(hardware, world_size)
@@ -136,7 +142,6 @@ def resolve(
     found, tokens, why_tokens, recompute = fit.answer(config, question, room)
     packs = attention.KERNELS[kernel.value].packs
     micro_batches, idle = _dealt(config, schedule, stats, world_size, scale, tokens, packs)
-    steps = schedule.steps if schedule else None
     executed = needed = None
     if facts and parameters:
         needed = flops.needed(facts, step)
@@ -172,7 +177,7 @@ def resolve(
         global_batch_size=config.train.global_batch_size,
         steps=steps,
         steps_per_epoch=schedule.steps_per_epoch if schedule else None,
-        warmup_steps=math.ceil(config.train.warmup_ratio * steps) if steps else None,
+        warmup_steps=warmup,
         micro_batches=micro_batches,
         idle_share=idle,
         attention_scale=scale,
@@ -276,10 +281,12 @@ def _dealt(
 ) -> tuple[tuple[int, int] | None, float | None]:
     if schedule is None or stats is None or stats.lengths is None:
         return None, None
-    stride = max(1, schedule.steps // IDLE_SAMPLE)
+    looked_at = min(schedule.steps, IDLE_EPOCHS * schedule.steps_per_epoch)
+    most = min(IDLE_SAMPLE, max(1, IDLE_WORK // max(world_size, schedule.global_batch_size)))
+    stride = max(1, looked_at // most)
     counts, shares = [], []
     tail = min(schedule.steps_per_epoch, schedule.steps) - 1
-    for step in sorted({*range(0, schedule.steps, stride), tail}):
+    for step in sorted({*range(0, looked_at, stride), tail}):
         units = schedule.step(step)
         lengths = [sum(stats.lengths[i] for i in unit) for unit in units]
         dealt = deal(
@@ -467,7 +474,10 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--count and --mfu go with --gpu")
     if args.mfu is not None and not 0 < args.mfu <= 1:
         parser.error("--mfu is a share of the peak: more than 0, at most 1")
+    if args.count is not None and not 1 <= args.count <= MOST_PROCESSES:
+        parser.error(f"--count: a number from 1 to {MOST_PROCESSES:,}")
     config = load(args.job, args.overrides)
+    preflight.check(config)
     plan = plan_for(config, args.gpu, args.count or 1, args.mfu) if args.gpu else plan_of(config)[0]
     print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else show(plan))
     return 0

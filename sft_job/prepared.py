@@ -260,18 +260,20 @@ def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | No
 def hub_home(environ: Mapping[str, str]) -> Path:
     """Where the hub's own library keeps everything, by its rules."""
     cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+    home = environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(os.path.expanduser(home))  # pathlib's raises for a user without a name
 
 
 def hub_snapshot(config: JobConfig) -> Path | None:
     """The folder of a hub model in the local hub cache (its documented layout)."""
-    folder = _hub_folder(config) / "snapshots" / (hub_revision(config) or "main")
+    folder = hub_folder(config.model.path) / "snapshots" / (hub_revision(config) or "main")
     return folder if (folder / "config.json").is_file() else None
 
 
-def _hub_folder(config: JobConfig) -> Path:
-    cache = Path(os.environ.get("HF_HUB_CACHE") or hub_home(os.environ) / "hub").expanduser()
-    return cache / f"models--{config.model.path.replace('/', '--')}"
+def hub_folder(name: str) -> Path:
+    """Where the local hub cache keeps a model."""
+    cache = os.environ.get("HF_HUB_CACHE") or str(hub_home(os.environ) / "hub")
+    return Path(os.path.expanduser(cache)) / f"models--{name.replace('/', '--')}"
 
 
 def hub_revision(config: JobConfig) -> str | None:
@@ -279,7 +281,7 @@ def hub_revision(config: JobConfig) -> str | None:
     revision = config.model.revision
     if not config.model.on_hub:
         return revision
-    reference = _hub_folder(config) / "refs" / (revision or "main")
+    reference = hub_folder(config.model.path) / "refs" / (revision or "main")
     return reference.read_text().strip() if reference.is_file() else revision
 
 

@@ -47,8 +47,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import ValidationError
-
+from sft_job.config import read_stored, stored
 from sft_job.errors import RunDirError
 from sft_job.files import create, put_aside, read_json
 from sft_job.schema import JobConfig
@@ -310,7 +309,7 @@ class RunDir:
         self.refuse_foreign(config)
         try:
             # job.json first: it is what makes the folder this job's.
-            if not create(self.job_file, config.model_dump_json(indent=2) + "\n"):
+            if not create(self.job_file, stored(config)):
                 self._refuse_another_job(config)
                 self._mend(config)
             create(self.config_file, text)
@@ -337,13 +336,6 @@ class RunDir:
         try:
             text = self.job_file.read_text(encoding="utf-8")
             json.loads(text)
-            return JobConfig.model_validate_json(text).identity()
-        except ValidationError as error:
-            raise RunDirError(
-                "job.json was not written by this version, so it cannot be told whose run this is",
-                where=str(self.job_file),
-                remedy="give the job a run.dir of its own",
-            ) from error
         except (ValueError, OSError) as error:
             with suppress(OSError, ValueError, LookupError, TypeError):
                 settings = read_json(self.identity)["settings"]
@@ -354,6 +346,14 @@ class RunDir:
                 remedy=f"put it back ({self.config_file.name} is the job file as it was given), "
                 "or give the job a run.dir of its own",
             ) from error
+        try:
+            return read_stored(text).identity()
+        except ValueError as error:
+            raise RunDirError(
+                "job.json was not written by this version, so it cannot be told whose run this is",
+                where=str(self.job_file),
+                remedy="give the job a run.dir of its own",
+            ) from error
 
     def _mend(self, config: JobConfig) -> None:
         """Write job.json again where it is damaged; this job was found to be the same."""
@@ -361,7 +361,7 @@ class RunDir:
             read_json(self.job_file)
         except (ValueError, OSError):
             put_aside(self.job_file)
-            create(self.job_file, config.model_dump_json(indent=2) + "\n")
+            create(self.job_file, stored(config))
 
 
 class CacheDir:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from sft_job import identity, result
+from sft_job import identity, preflight, result
 from sft_job.cli import StopRequest
 from sft_job.errors import DiskSpaceError, Interrupted, RunDirError, SftJobError, UserError
 from sft_job.files import put_aside
@@ -60,6 +60,7 @@ def enter(
     run_dir.refuse_foreign(config)
     if is_done(run_dir):
         return False
+    preflight.check(config, here=True)
     identity.refuse_changed_sources(run_dir, config)
     plan_of(config, world_size, machine)  # refuses what has nothing to do with the data
     prepare(config, job, overrides, stop)

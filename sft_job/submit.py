@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_job import __version__, cli, follow, jobscript, slurm
-from sft_job.config import load
+from sft_job import __version__, cli, follow, images, jobscript, preflight, slurm
+from sft_job.config import load, stored
 from sft_job.conversations import read_trainable
 from sft_job.errors import (
     ConfigError,
@@ -50,9 +50,6 @@ from sft_job.prepared import (
 )
 from sft_job.rundir import RunDir
 from sft_job.schema import Apptainer, JobConfig
-
-# Of an image, and what it must say.
-VERSION_LABEL = "sft_job.version"
 
 # Kinds of file system that belong to one machine alone.
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlay"}
@@ -102,7 +99,7 @@ def submit(args: argparse.Namespace) -> int:
     with run_dir.exclusive_lock(".submit", "submitting this job"):
         _refuse_second(config, run_dir, args.after)  # another may have come first meanwhile
         # What runs is job.json: overrides applied, paths absolute, the model's commit fixed.
-        write_atomically(run_dir.job_file, config.model_dump_json(indent=2) + "\n")
+        write_atomically(run_dir.job_file, stored(config))
         write_atomically(run_dir.script, text)
         run_dir.cancelled.unlink(missing_ok=True)
         for path in jobscript.bound(config, os.environ).writable:
@@ -208,6 +205,7 @@ def check(
     look("data", lambda: _data(config))
     look("model", lambda: _model(config))
     look("container", lambda: _container(config))
+    look("report_to", lambda: iter(preflight.check(config)))
     look("plan", planned)
     look("disk", lambda: _disk(config, plan))
     if not local:
@@ -379,22 +377,12 @@ def _image_version(image: Path) -> str:
     Raises:
         SubmitError: it is not the version that makes this job's files.
     """
-    if shutil.which("apptainer") is None:
-        return "version not checked: no apptainer on this machine"
-    command = ["apptainer", "inspect", "--json", "--labels", str(image)]
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=slurm.TIMEOUT_S, check=True
-        )
-        labels = json.loads(answer.stdout)["data"]["attributes"]["labels"]
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or f"exit code {error.returncode}"
-        raise SubmitError([f"container.image: apptainer cannot read {image}: {said}"]) from error
-    except (subprocess.TimeoutExpired, ValueError, LookupError, TypeError):
-        return "version not checked: its labels cannot be read"
-    version = (labels or {}).get(VERSION_LABEL)
+    labels = images.labels(image)
+    if isinstance(labels, str):
+        return f"version not checked: {labels}"
+    version = labels.get(images.VERSION_LABEL)
     if version is None:
-        return f"version not checked: it has no label {VERSION_LABEL}"
+        return f"version not checked: it has no label {images.VERSION_LABEL}"
     if version != __version__:
         raise SubmitError(
             [f"container.image: {image} brings sft_job {version}, this is {__version__}: "
@@ -473,7 +461,7 @@ def fetch(config: JobConfig) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"online": True})})
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
-        job.write_text(config.model_dump_json(), encoding="utf-8")
+        job.write_text(stored(config), encoding="utf-8")
         words: list[str] = []
         if isinstance(config.container, Apptainer):
             seen = jobscript.bound(config, os.environ)

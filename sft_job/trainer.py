@@ -9,8 +9,6 @@ known. `tests/test_contract.py` probes what is relied on of its private behaviou
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -30,12 +29,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_job import checkpoint, fsdp, identity, loss, selftest, zero3
+from sft_job import checkpoint, extras, fsdp, identity, loss, rates, selftest, zero3
 from sft_job.attempt import Attempt
 from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
 from sft_job.dataset import StepBatch, Steps
-from sft_job.errors import ConfigError, TrainingError
+from sft_job.errors import TrainingError
 from sft_job.files import write_atomically
 from sft_job.metrics import Meter, Reporter, peak_memory_gib
 from sft_job.plan import Plan, lost_lines
@@ -47,33 +46,11 @@ from sft_job.world import World
 # So many steps without any gradient are no accident.
 STILL_STEPS = 5
 
-# TrainingArguments that follow from the job file; train.extra may not set them.
-OWNED = {
-    "output_dir", "do_train", "do_eval", "eval_strategy", "per_device_train_batch_size",
-    "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "lr_scheduler_type",
-    "warmup_steps", "logging_steps", "logging_strategy", "logging_first_step",
-    "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit",
-    "save_only_model", "seed", "data_seed", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval",
-    "fsdp", "fsdp_config", "deepspeed", "report_to", "disable_tqdm", "use_cpu",
-    "activation_checkpointing", "gradient_checkpointing", "remove_unused_columns",
-    "full_determinism", "resume_from_checkpoint", "group_by_length", "dataloader_num_workers",
-    "push_to_hub", "load_best_model_at_end", "use_liger_kernel", "label_smoothing_factor",
-    "auto_find_batch_size", "accelerator_config", "parallelism_config", "logging_dir",
-    "ignore_data_skip", "average_tokens_across_devices", "enable_jit_checkpoint",
-    "ddp_backend", "train_sampling_strategy", "length_column_name", "eval_on_start",
-}  # fmt: skip
-
 
 def training_arguments(
     config: JobConfig, plan: Plan, run_dir: RunDir, world: World
 ) -> TrainingArguments:
-    """The Trainer's arguments for a plan.
-
-    Raises:
-        ConfigError: train.extra names an argument that does not exist or is ours.
-    """
-    _check_extra(config.train.extra)
+    """The Trainer's arguments for a plan; `extras` has checked those of the job file."""
     train = config.train
     engine: dict[str, Any] = {}
     if config.engine.type == "zero3":
@@ -102,27 +79,15 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=world.device.type == "cpu",
-        **{"optim": "adamw_torch_fused", **train.extra},
+        **{"optim": extras.ADAM[0], **extras.arguments(train.extra)},
         **engine,
     )
 
 
-def _check_extra(extra: dict[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    faults = []
-    for key in extra:
-        if key in OWNED:
-            faults.append(f"train.extra.{key}: decided by the job file's own keys; remove it")
-        elif key not in known:
-            near = difflib.get_close_matches(key, known - OWNED, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            faults.append(f"train.extra.{key}: not a Hugging Face TrainingArguments field{hint}")
-    if faults:
-        raise ConfigError(faults)
-
-
 class SftTrainer(Trainer):
     """A Trainer whose batch is a whole step of this rank."""
+
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -207,6 +172,16 @@ class SftTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         optimizer._step_supports_amp_scaling = False
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The rates that the plan has looked at: Hugging Face's warm-up would begin with 0."""
+        if self.lr_scheduler is None:
+            share = rates.schedule(self.config, num_training_steps)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     @property
     def _scales_loss(self) -> bool:

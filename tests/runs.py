@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from sft_job.paths import escape
 from sft_job.rundir import RunDir
 from sft_job.templates import VICUNA
 
@@ -112,10 +113,10 @@ def make_conversations(file: Path, count: int, *, seed: int = 0, words: int = 14
 
 
 def make_job(folder: Path, model: Path | str, data: Path, **changes: Any) -> Path:
-    """A job file for a tiny model; `changes` are dotted keys."""
+    """A job file for a tiny model; `changes` are dotted keys, written as they are."""
     job: dict[str, Any] = {
-        "model": {"path": str(model)},
-        "data": {"train": [str(data)], "seq_len": 160},
+        "model": {"path": escape(str(model))},
+        "data": {"train": [escape(str(data))], "seq_len": 160},
         "train": {
             "global_batch_size": 16,
             "micro_batch_tokens": 4096,
@@ -125,7 +126,7 @@ def make_job(folder: Path, model: Path | str, data: Path, **changes: Any) -> Pat
             "precision": "fp32",
             "activation_checkpointing": "none",
         },
-        "run": {"dir": str(folder / "run")},
+        "run": {"dir": escape(str(folder / "run"))},
     }
     for key, value in changes.items():
         *sections, last = key.replace("__", ".").split(".")

@@ -4,17 +4,18 @@ import glob
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Annotated
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from sft_job import schema
+from sft_job import paths, schema
 from sft_job.config import NOT_YET, known_keys, load
 from sft_job.errors import ConfigError
-from sft_job.schema import Fsdp, JobConfig, Section, Zero3, expand
+from sft_job.paths import expand
+from sft_job.schema import Fsdp, JobConfig, Section, Zero3
 
 
 def add(job_file: Path, text: str) -> Path:
@@ -101,7 +102,7 @@ def test_numbers_in_short_scientific_form_are_numbers_among_the_extra_arguments(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+@given(rate=st.floats(min_value=0, max_value=1, exclude_min=True))
 def test_any_positive_learning_rate_arrives_unchanged(job_file, rate):
     """However Python writes a number, the override reads back the same one."""
     assert load(job_file, [f"train.learning_rate={rate!r}"]).train.learning_rate == rate
@@ -165,6 +166,15 @@ def test_relative_paths_of_overrides_are_taken_from_the_working_directory(job_fi
     assert config.cache_dir == elsewhere.parent / "cache"
 
 
+def test_an_image_of_an_override_is_a_path_where_the_file_says_apptainer(job_file, elsewhere):
+    """What kind of container it is may stand in the file, or in another override."""
+    add(job_file, "container: {type: apptainer, image: a.sif}\n")
+    assert load(job_file).container.image == str(job_file.parent / "a.sif")
+    assert load(job_file, ["container.image=b.sif"]).container.image == str(elsewhere / "b.sif")
+    other = load(job_file, ["container.type=pyxis", "container.image=nvcr.io#b"]).container
+    assert other.image == "nvcr.io#b"
+
+
 def test_the_home_folder_may_be_written_as_a_tilde(job_file, tmp_path, monkeypatch):
     """~ is the user's home in every path."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -195,7 +205,7 @@ def test_globs_give_files_sorted(tmp_path, monkeypatch):
     (tmp_path / "d.json").mkdir()
     found = glob.glob
     monkeypatch.setattr(
-        schema.glob, "glob", lambda *args, **options: sorted(found(*args, **options), reverse=True)
+        paths.glob, "glob", lambda *args, **options: sorted(found(*args, **options), reverse=True)
     )
     assert [path.name for path in expand(str(tmp_path / "*.json"))] == ["a.json", "b.json"]
 
@@ -296,6 +306,35 @@ def test_every_key_is_known_to_the_did_you_mean():
 
 
 @pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("engine={type: fsdp, offload: cpu}",
+         "engine.offload: unknown key of type fsdp; it belongs to type zero3"),
+        ("engine={type: fsdp, ofload: cpu}",
+         "engine.ofload: unknown key of type fsdp; did you mean engine.offload of type zero3?"),
+        ("engine={type: zero3, ofload: cpu}",
+         "engine.ofload: unknown key; did you mean engine.offload?"),
+        ("engine.offload=cpu", "engine: engine.type must be fsdp or zero3, not {'offload': 'cpu'}; "
+         "engine.type=zero3 has offload"),
+        ("model.rope={type: linear, facter: 2}",
+         "model.rope.facter: unknown key; did you mean model.rope.factor?"),
+        ("model.rope={type: linear, factor: x}",
+         "model.rope.factor: input should be a valid number, not 'x'"),
+        ("model.rope=yarn", "model.rope: 'yarn' is not one of 'auto' or 'none'"),
+        ("container={type: pyxis, image: x, imag: y}",
+         "container.imag: unknown key; did you mean container.image?"),
+        ("engine={type: [[1]], x: 1}", "engine: engine.type must be fsdp or zero3, not {"),
+        ("slurm={gpus_per_node: 4, extra: {mem: null}}",
+         "slurm.extra.mem: must be text, a number, true or false, not None"),
+        ("logging.report_to=[wandb, wandb]", "logging.report_to: names a tracker twice"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_kind_of_section_is_answered_with_its_kind(override, expected, job_file):
+    """Never with the very key that was written."""
+    assert any(f"override {expected}" in found for found in faults(job_file, override))
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("train:\n  seed: 1\n  seed: 2", "job.yaml:6: train.seed: given twice (first in line 5)"),
@@ -334,7 +373,7 @@ def test_a_missing_key_is_named_with_the_line_of_its_section(job_file):
         ("run.gloo_timeout_s=10 minutes", "valid integer.*not '10 minutes'"),
         ("run.start_timeout_s=1000000000000", "less than or equal to 1000000, not 1000000000000"),
         ("run.online=perhaps", "valid boolean.*not 'perhaps'"),
-        ("model.revision=12", "valid string, not 12"),
+        ("model.revision=[12]", r"valid string, not \[12\]"),
         ("run.dir=null", "valid string, not None"),
         ("data.train=[]", r"at least 1 item.*not \[\]"),
         ("train=5", "valid dictionary or instance of Train, not 5"),
@@ -518,6 +557,12 @@ def test_processes_are_the_gpus_of_a_submitted_job(job_file):
     )
 
 
+def test_a_job_has_no_more_processes_than_any_cluster(job_file):
+    """Each number is possible, the product is not."""
+    (found,) = faults(job_file, "slurm={nodes: 16384, gpus_per_node: 64}")
+    assert "slurm.nodes: 16,384 nodes with 64 tasks each are more than 131,072 pro" in found
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -684,7 +729,7 @@ def test_every_key_is_on_one_side_of_the_identity():
     sorted_keys = {item.partition("=")[0] for item in [*SAME_JOB, *OTHER_JOB]}
     # One file cannot stand for two here, and there is only one template.
     apart = {"data.train", "data.template"}
-    parts = ("engine.stage3_", "engine.off", "slurm.", "container.")
+    parts = ("engine.stage3_", "engine.off", "model.rope.", "slurm.", "container.")
     options = {key for key in known_keys() if key.startswith(parts)}
     assert set(known_keys()) == sections | sorted_keys | apart | options
 
@@ -748,13 +793,20 @@ def test_every_section_refuses_unknown_keys_and_changes():
 
 
 def test_numbers_have_a_range():
-    """Every number of the schema has a lower bound: -1 means nothing anywhere."""
+    """-1 means nothing anywhere, and no number is so large that something later overflows, waits
+    for ever, or cannot be stored."""
     unbounded = []
     for section in sections():
+        kinds = section.model_json_schema()["properties"]
         for name, field in section.model_fields.items():
-            kinds = set(get_args(field.annotation)) or {field.annotation}
-            if kinds & {int, float}:
-                bounds = [m for m in field.metadata if hasattr(m, "ge") or hasattr(m, "gt")]
-                if not any(math.isfinite(getattr(m, "ge", getattr(m, "gt", None))) for m in bounds):
-                    unbounded.append(f"{section.__name__}.{name}")
+            given = {kind.get("type") for kind in (kinds[name], *kinds[name].get("anyOf", []))}
+            if not given & {"integer", "number"}:
+                continue
+            adapter = TypeAdapter(Annotated[field.annotation, field])
+            for value in (-1, "-1", 10**30, "1e30", 1e300, math.inf, math.nan, ".nan"):
+                try:
+                    adapter.validate_python(value)
+                except ValidationError:
+                    continue
+                unbounded.append((f"{section.__name__}.{name}", value))
     assert unbounded == []

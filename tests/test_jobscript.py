@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from sft_job import __version__, jobscript, submit
+from sft_job import __version__, images, jobscript, submit
 from sft_job.config import load
 from sft_job.errors import ConfigError, SubmitError
+from sft_job.paths import escape
 from sft_job.schema import JobConfig
 from sft_job.workers import Place, training_environment
 from tests.runs import ROOT, make_conversations, make_job, make_model
@@ -115,7 +116,7 @@ exit 0
 
 
 # What `apptainer inspect --json --labels` prints of an image of this version.
-LABELS = json.dumps({"data": {"attributes": {"labels": {submit.VERSION_LABEL: __version__}}}})
+LABELS = json.dumps({"data": {"attributes": {"labels": {images.VERSION_LABEL: __version__}}}})
 
 
 def awkward_name(rng: random.Random) -> str:
@@ -176,14 +177,16 @@ def test_awkward_names_reach_srun_as_they_are(
     image.write_bytes(b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0")
     python = f"/opt/{names[3]}/python"
     kind = rng.choice(["none", "apptainer", "pyxis"])
-    overrides = [f"run.dir={yaml_of(root / names[5])}"]
+    overrides = [f"run.dir={yaml_of(escape(str(root / names[5])))}"]
     comment = jobscript.CONTROL.sub(" ", names[6])  # no #SBATCH line carries a newline
     overrides.append(f"slurm.comment={yaml_of(comment)}")
     changes: dict[str, Any] = {"slurm": {"nodes": 2, "gpus_per_node": 2}}
     if kind == "apptainer":
-        changes["container"] = {"type": "apptainer", "image": str(image), "python": python}
+        changes["container"] = {"type": "apptainer", "image": escape(str(image))}
     elif kind == "pyxis":
-        changes["container"] = {"type": "pyxis", "image": names[2], "python": python}
+        changes["container"] = {"type": "pyxis", "image": escape(names[2])}
+    if kind != "none":
+        changes["container"]["python"] = escape(python)
     job = make_job(tmp_path, root / names[4], data, **changes)
     config = load(job, overrides)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")

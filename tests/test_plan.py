@@ -14,7 +14,7 @@ from sft_job import conversations, hardware, plan
 from sft_job.attention import LIGER, Package, image_packages
 from sft_job.batching import Schedule
 from sft_job.config import load
-from sft_job.errors import HardwareError, ModelError
+from sft_job.errors import ConfigError, HardwareError, ModelError
 from sft_job.hardware import Hardware
 from sft_job.plan import LOST, lost_lines, plan_of, processes, resolve, schedule_of, show
 from sft_job.prepared import (
@@ -167,6 +167,48 @@ def test_the_device_is_named_as_it_is(resolved):
     assert resolved(machine=CPU, world=2).device == "Old Xeon"
 
 
+def test_rates_with_which_nothing_is_trained_are_refused(resolved):
+    """Before and after the data is encoded (tests/test_rates.py has the cases)."""
+    for data in (None, stats([10] * 9)):
+        with pytest.raises(ConfigError, match="the greatest of all steps is 1e-20"):
+            resolved("train.learning_rate=1e-20", data=data)
+    with pytest.raises(ConfigError, match="10,000 epochs are 20,000,000 steps, more than"):
+        resolved(
+            "train.num_train_epochs=10000", "train.global_batch_size=1", data=stats([9] * 2000)
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "work", "most"),
+    [
+        ("train.num_train_epochs=1000", plan.IDLE_WORK, 401),
+        ("train.max_steps=10000000", plan.IDLE_WORK, 401),
+        ("train.num_train_epochs=3", 10, 2),  # as for a step of a million, or as many ranks
+    ],
+)
+def test_a_plan_looks_at_a_bounded_number_of_steps(resolved, monkeypatch, override, work, most):
+    """However long the run and however many its ranks: each epoch costs a shuffle of its own."""
+    dealt, epochs = [], set()
+    deal, step = plan.deal, Schedule.step
+    monkeypatch.setattr(plan, "IDLE_WORK", work)
+    monkeypatch.setattr(plan, "deal", lambda *a, **b: dealt.append(1) or deal(*a, **b))
+    monkeypatch.setattr(
+        Schedule, "step", lambda self, i: epochs.add(i // self.steps_per_epoch) or step(self, i)
+    )
+    resolved("train.global_batch_size=2", override, world=8, data=stats([10] * 300))
+    assert len(dealt) <= most
+    assert epochs <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "131073", "9" * 30, "x"])
+def test_a_number_of_gpus_that_is_none_is_refused(job_file, capsys, count):
+    """0 was taken for 1; a number with thirty digits took for ever."""
+    with pytest.raises(SystemExit) as ended:
+        plan.main([str(job_file), "--gpu", "a100-80", f"--count={count}"])
+    assert ended.value.code == 2
+    assert "--count" in capsys.readouterr().err
+
+
 # --- RoPE ----------------------------------------------------------------------------------
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}  # Vicuna 16k
@@ -257,8 +299,11 @@ def test_without_config_json_rope_is_unknown(resolved):
         (1000, ["train.global_batch_size=10", "train.warmup_ratio=0.1"], 300, 100, 30),
         (1000, ["train.global_batch_size=10", "train.warmup_ratio=0"], 300, 100, 0),
         (1000, ["train.max_steps=5", "train.warmup_ratio=0.5"], 5, 8, 3),
-        (1000, ["train.max_steps=100", "train.warmup_ratio=1"], 100, 8, 100),
+        (1000, ["train.max_steps=100", "train.warmup_ratio=1"], 100, 8, 99),
         (3, [], 3, 1, 1),
+        (3, ["train.max_steps=1"], 1, 1, 0),  # the only step is no warm-up
+        (3, ["train.num_train_epochs=1", "train.warmup_ratio=1"], 1, 1, 0),
+        (1000, ["train.lr_scheduler_type=constant"], 24, 8, 0),  # it has none
     ],
 )
 def test_steps_and_warm_up_are_counted(samples, overrides, steps, per_epoch, warmup, resolved):

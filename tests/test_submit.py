@@ -79,7 +79,7 @@ def test_dry_run_looks_at_everything_and_leaves_nothing(job: Path, tools: Path) 
     result = submit(job, tools, "--dry-run", "slurm.gpu=a100-80")
     assert result.returncode == 0, result.stderr
     looked_at = [line.split()[0] for line in result.stdout.partition("\n\n---")[0].splitlines()]
-    expected = "script run.dir data model container plan disk cluster"
+    expected = "script run.dir data model container report_to plan disk cluster"
     assert looked_at == expected.split()
     assert "16 conversations, not encoded yet" in result.stdout
     assert "usable GiB on each of 4 x A100" in result.stdout
