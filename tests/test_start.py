@@ -115,26 +115,34 @@ def test_a_folder_for_a_lock_is_put_aside_in_a_run_of_ours(prepared: Path, run: 
     assert enter(prepared, run)
 
 
-@pytest.mark.parametrize("kind", ["folder for a lock", "dangling link", "file", "file above"])
+def test_a_folder_for_a_lock_is_said_in_any_other_place(prepared: Path, run: RunDir) -> None:
+    """Nothing of somebody else's is renamed."""
+    (run.path / ".lock").mkdir(parents=True)
+    with pytest.raises(RunDirError, match=r"\.lock: cannot be written: Is a directory"):
+        enter(prepared, run)
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "file", "file above"])
 def test_a_place_that_cannot_be_a_run_directory_is_said(
     kind: str, prepared: Path, run: RunDir, tmp_path: Path
 ) -> None:
-    """With the place and the reason."""
-    if kind == "folder for a lock":
-        (run.path / ".lock").mkdir(parents=True)
-        said = r"\.lock: cannot be written: Is a directory"
-    elif kind == "dangling link":
+    """With the place and the reason, by the reader of the job file and by who would claim it:
+    it may become one in between."""
+    config = load(prepared, [f"run.dir={run.path}"])
+    if kind == "dangling link":
         run.path.symlink_to(tmp_path / "nowhere")
-        said = r"run: a link to .*nowhere, which is not there\n  -> make that folder"
+        said = (r"run is a link to .*nowhere", r"run: a link to .*nowhere, which is not there\n")
     elif kind == "file":
         run.path.write_text("x")
-        said = r"run: run\.dir is a file"
+        said = (r"run is a file", r"run: run\.dir is a file")
     else:
         (tmp_path / "above").write_text("x")
         run = RunDir(tmp_path / "above" / "run")
-        said = r"above/run: cannot be written: Not a directory"
-    with pytest.raises(RunDirError, match=said):
+        said = (r"above is a file", r"above/run: cannot be written: Not a directory")
+    with pytest.raises(UserError, match=said[0]):
         enter(prepared, run)
+    with pytest.raises(RunDirError, match=said[1]):
+        run.claim(config, "text")
 
 
 def finished(job: Path, run: RunDir) -> None:
