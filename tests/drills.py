@@ -36,6 +36,7 @@ import torch
 from sft_job.attempt import metric_records
 from sft_job.rundir import RunDir
 from tests.runs import (
+    ROOT,
     command,
     environment,
     make_conversations,
@@ -47,6 +48,34 @@ from tests.runs import (
 STEPS = 8
 PATIENCE_S = 240.0
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+
+
+# Of the processes of an attempt that is put to sleep: file servers answer them from memory for a
+# minute, and rank 0 falls asleep after it has looked at everything and before it renames or links.
+SHIM = """
+import os
+if os.environ.get("DRILL_STALE"):
+    import time
+    listdir, seen = os.listdir, {}
+    def stale(path="."):
+        key = os.fspath(path)
+        if key not in seen or time.monotonic() - seen[key][0] > 60:
+            seen[key] = time.monotonic(), listdir(path)
+        return list(seen[key][1])
+    os.listdir = stale
+if os.environ.get("DRILL_ASLEEP_AT") and os.environ.get("RANK") == "0":
+    import signal
+    def sleepy(act):
+        def sleep_first(source, target, *rest, **named):
+            name = os.path.basename(os.fspath(target))
+            if name.startswith(os.environ["DRILL_ASLEEP_AT"]) and not slept:
+                slept.append(name)
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return act(source, target, *rest, **named)
+        return sleep_first
+    slept = []
+    os.rename, os.link = sleepy(os.rename), sleepy(os.link)
+"""
 
 
 class Failed(Exception):
@@ -109,6 +138,7 @@ class Drill:
         self.cache = folder / ".sft_job_cache"
         if own_cache or self.random.random() < 0.25:
             self.cache = self.run_dir.path.parent / ".sft_job_cache"
+        self.stale = {"DRILL_STALE": "1", "PYTHONPATH": f"{folder}/shim:{ROOT}"}
         self.said: list[str] = []
         self.launches: list[Launch] = []
         self.last_output = ""
@@ -122,7 +152,7 @@ class Drill:
             "stderr": subprocess.STDOUT,
             "text": True,
             "errors": "replace",
-            "env": environment(),
+            "env": environment() | self.stale,
         }
         words = command(
             "train", self.folder / "job.yaml", f"engine.type={self.engine}",
@@ -207,10 +237,14 @@ class Drill:
 
     def freeze(self) -> None:
         """SIGSTOP of a process, and SIGCONT at another time."""
+        ways = ["goes on", "stopped", "launcher killed", "second", "lock lost", "asleep", "asleep"]
+        way = self.random.choice(ways)
+        if way == "asleep":
+            self._asleep()
+            return
         launch = self.launch()
         self.wait_for_moment(launch)
         ranks = launch.ranks()
-        way = self.random.choice(["goes on", "stopped", "launcher killed", "second", "lock lost"])
         self.note(way)
         if way == "lock lost" and not self.run_dir.job_file.exists():
             self.until("the claim", self.run_dir.job_file.exists, launch)
@@ -272,6 +306,14 @@ class Drill:
         if self.run_dir.done.exists():
             return
         self.finish()
+
+    def _asleep(self) -> None:
+        """The same, asleep between the last look and the act itself."""
+        at = self.random.choice(["step-", "step-", "model", "DONE"])
+        launch = self.launch(env=environment() | self.stale | {"DRILL_ASLEEP_AT": at})
+        self.until(f"sleep at {at}", lambda: any(map(is_stopped, launch.ranks())), launch)
+        self.note(f"asleep before {at}")
+        self._frozen_all(launch, 0)
 
     def _frozen_all(self, launch: Launch, rank: int) -> None:
         """As on a machine that is suspended, whose lock ends: the next attempt takes over, and
@@ -452,6 +494,12 @@ def send(number: signal.Signals, pid: int) -> None:
         os.kill(pid, number)
 
 
+def is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 def take_terminal() -> None:
     """Standard input becomes the controlling terminal of this new session."""
     import fcntl
@@ -503,6 +551,8 @@ def ground(engines: list[str]) -> Iterator[tuple[Path, dict[str, RunDir]]]:
     """A folder with the job, and an undisturbed run of it for each engine."""
     with tempfile.TemporaryDirectory(prefix="sft-job-drills-") as name:
         folder = Path(name)
+        (folder / "shim").mkdir()
+        (folder / "shim" / "sitecustomize.py").write_text(SHIM)
         model = make_model(folder / "model")
         data = make_conversations(folder / "data.json", 40)
         changes = {
