@@ -1,6 +1,9 @@
 # make quickstart    environment, weights, fine-tuning, the model's answers before and after
 # make test          environment, lint, types, tests
 # make accept        quickstart under both engines, its result checked
+# make drills        runs killed, frozen, stopped, damaged, and finished by the same command; COUNT=100
+#                    for more of them, SEED=1 for other ones (full disks: as root)
+# make fuzz          2,000 job files and data records of any kind, none of which may end in a traceback
 # make cluster       jobs on a real Slurm of two nodes on this machine (root, Debian; installs it)
 # make images        real container images on a stand-in base, run by Docker, Podman, Apptainer (the
 #                    same, and 18 GB of disk)
@@ -22,7 +25,7 @@ PROCESSES := $(if $(HAS_GPU),,run.processes=2)
 
 QUESTIONS := --prompt "Who are you?" --prompt "Who made you?"
 
-.PHONY: quickstart test accept cluster images
+.PHONY: quickstart test accept drills fuzz cluster images
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +54,12 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+drills: $(VENV)/.test
+	$(BIN)/python -m tests.drills --count $(or $(COUNT),10) --seed $(or $(SEED),0)
+
+fuzz: $(VENV)/.test
+	SFT_JOB_FUZZ=$(or $(COUNT),2000) $(BIN)/python -m pytest -n 2 tests/test_fuzz_job.py tests/test_fuzz_data.py
 
 cluster: $(VENV)/.test
 	SFT_JOB_CLUSTER=$(if $(ALL),all,1) $(BIN)/python -m pytest tests/cluster
