@@ -17,6 +17,7 @@
               fit             what fits: checkpointing, micro-batch size, what to change
               choices         the other decisions of a plan: precision, kernels, positions
               workers         the training processes of one machine: started, watched, stopped
+              place           which of them this process is
               plan            everything derived from a job, in one place; `sft-job plan`
               jobscript       the text of a job script
               slurm           what Slurm says; a job under submitit

@@ -7,6 +7,7 @@
     │   │   ├── DataError           conversations
     │   │   └── SubmitError         what a job would fail of on the cluster
     │   ├── ModelError              weights, tokenizer, architecture
+    │   ├── LaunchError             how the processes were started
     │   ├── HardwareError           processors, precision, kernels
     │   ├── RunDirError             the run directory belongs to something else
     │   └── SlurmError              the cluster does not take the job
@@ -103,6 +104,10 @@ class SubmitError(FaultList):
 
 
 class ModelError(UserError):
+    pass
+
+
+class LaunchError(UserError):
     pass
 
 

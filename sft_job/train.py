@@ -31,6 +31,7 @@ from sft_job.errors import (
     Interrupted,
     WorkerError,
 )
+from sft_job.place import disregard_others, find_place, refuse_another_size
 from sft_job.plan import Plan, plan_of, processes, show
 from sft_job.prepared import Prepared, find_prepared, read_facts
 from sft_job.rundir import RunDir, write_atomically
@@ -50,7 +51,7 @@ LOST_LOCK_S = 180.0
 def main(argv: Sequence[str]) -> int:
     parser = cli.job_parser("train", "Fine-tune a model on conversations, as the job file says.")
     args = parser.parse_intermixed_args(argv)
-    place = workers.find_place(os.environ)
+    place = find_place(os.environ)
     if place is not None:
         return work(args.job, args.overrides, place)
     return launch(args.job, args.overrides, argv)
@@ -142,6 +143,7 @@ def refuse_small_disk(run_dir: RunDir, plan: Plan) -> None:
 
 def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     """One training process; returns 0 when the job is done or was stopped in good order."""
+    disregard_others(os.environ)
     # What is imported is never garbage, and looking through it while it grows takes 0.6 s.
     gc.disable()
     # The number of tokens differs from batch to batch; blocks of fixed size would be cut to
@@ -156,6 +158,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     if launched:
         workers.die_with_parent(int(os.environ[workers.LAUNCHED]))
     config = load(job, overrides)
+    refuse_another_size(place, config, os.environ)
     run_dir = RunDir(config.run.dir)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     attempt = int(os.environ.get(workers.ATTEMPT) or restarts + 1)

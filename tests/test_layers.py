@@ -32,6 +32,7 @@ TABLE = {
         "fit",
         "choices",
         "workers",
+        "place",
         "plan",
         "jobscript",
         "slurm",
