@@ -22,6 +22,7 @@
               jobscript       the text of a job script
               slurm           what Slurm says; a job under submitit
               follow          a submitted job from outside: status, output, end
+              enqueue         a job's script into the queue, once
     layer 3   world           the processes that train together, and what they agree on
     torch     tokenizer       read or converted, and checked
               encode          text to ids and labels, once

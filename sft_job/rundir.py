@@ -9,6 +9,8 @@ RUN_DIR/
       metrics.jsonl      one line per step that it logged
       attempts.jsonl     when it began, where it resumed, and how long its start took, by part
       interrupted        it was stopped on request, and says why
+      began              by the job script: the submission, and the step that was saved by then
+      unloadable-200     the checkpoint of that step could not be loaded; says why
       model.json         size and SHA-256 of each file of the model that it wrote
   logs/attempt-N/        one log per rank, rank-R.error when a rank failed; from the job script
                          rank-R.ready, first-error, error (the cause) and Slurm's messages
@@ -21,7 +23,6 @@ RUN_DIR/
   job.sh                 the job script, with `sft-job submit`
   submissions.jsonl      each time it was submitted
   CANCELLED              by `sft-job submit cancel`: saved, and not requeued
-  progress               saved step at the beginning of each attempt since it was submitted
   save_seconds           what the last checkpoint took
   DONE                   the model is complete; made once, never replaced
 
@@ -73,7 +74,6 @@ class RunDir:
         self.script = self.path / "job.sh"
         self.cancelled = self.path / "CANCELLED"
         self.submissions = self.path / "submissions.jsonl"
-        self.progress = self.path / "progress"
         self.save_seconds = self.path / "save_seconds"
         self.submitit = self.path / "submitit"
 
@@ -85,6 +85,12 @@ class RunDir:
 
     def interrupted(self, attempt: int) -> Path:
         return self.attempt(attempt) / "interrupted"
+
+    def began(self, attempt: int) -> Path:
+        return self.attempt(attempt) / "began"
+
+    def unloadable(self, attempt: int, step: int) -> Path:
+        return self.attempt(attempt) / f"unloadable-{step}"
 
     def written_model(self, attempt: int) -> Path:
         return self.attempt(attempt) / "model.json"
@@ -194,7 +200,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirError("run.dir is a file", where=str(self.path))
         if self.job_file.exists():
-            self._refuse_another_job(config)
+            self.refuse_another_job(config)
             return
         if self.path.is_dir() and any(self.path.iterdir()):
             raise RunDirError(
@@ -214,7 +220,11 @@ class RunDir:
                 remedy="choose a run.dir that this user may write to",
             ) from error
 
-    def _refuse_another_job(self, config: JobConfig) -> None:
+    def refuse_another_job(self, config: JobConfig) -> None:
+        """
+        Raises:
+            RunDirError: the directory, which holds a job, holds another one.
+        """
         try:
             before = JobConfig.model_validate_json(self.job_file.read_text()).identity()
         except (ValidationError, OSError, UnicodeDecodeError) as error:
@@ -285,7 +295,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     records = []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # not JSON, not UTF-8
             continue
         if isinstance(record, dict):
@@ -339,4 +349,20 @@ def publish_dir(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes) -> Any:
+    """
+    Raises:
+        ValueError: it is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError as error:  # a damaged file may be full of brackets
+        raise ValueError("nested too deeply") from error

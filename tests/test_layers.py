@@ -37,6 +37,7 @@ TABLE = {
         "jobscript",
         "slurm",
         "follow",
+        "enqueue",
     },
     3: {
         "world",

@@ -55,7 +55,7 @@ def wait_for_step(run: RunDir, step: int, timeout: float = 180) -> None:
         if records and records[-1]["step"] >= step:
             return
         state = follow.job_state(run)
-        assert state in follow.ALIVE, f"{state}\n{output(run)}"
+        assert state in follow.slurm.ALIVE, f"{state}\n{output(run)}"
         time.sleep(0.2)
     raise AssertionError(f"step {step} did not come:\n{output(run)}")
 
@@ -75,8 +75,8 @@ def wait_for_end(run: RunDir, timeout: float = 300) -> str:
         state = follow.job_state(run)
         last = follow.submissions(run)[-1]
         # The job of a lost node is in no queue for some seconds.
-        alive = follow.ALIVE | {"NODE_FAIL"}
-        if state not in alive and (follow.slurm.state(last["job"]) not in follow.ALIVE):
+        alive = follow.slurm.ALIVE | {"NODE_FAIL"}
+        if state not in alive and (follow.slurm.state(last["job"]) not in follow.slurm.ALIVE):
             return state
         time.sleep(0.2)
     raise AssertionError(f"still {state}:\n{output(run)}")
