@@ -62,6 +62,10 @@ def test_every_drawn_name_of_the_run_directory_is_given_out():
     given_out = [str(value) for value in vars(run).values()]
     given_out += [
         str(run.owner(1)),
+        str(run.interrupted(1)),
+        str(run.began(1)),
+        str(run.unloadable(1, 200)),
+        str(run.written_model(1)),
         str(run.log(1, 0)),
         str(run.checkpoint(200)),
         str(run.stop_file(1)),
