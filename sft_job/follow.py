@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import socket
 import stat
 import sys
@@ -86,7 +87,8 @@ def submissions(run_dir: RunDir) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for record in read_records(run_dir.submissions):
         kinds: dict[str, Any] = {"job": str, "via": str, "cluster": str, "time": (int, float)}
-        if all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        whole = all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+        if whole and re.fullmatch(r"[0-9]+(_[0-9]+)?", record["job"]):
             found[record["job"]] = found.get(record["job"], {}) | record
     return list(found.values())
 

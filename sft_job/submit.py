@@ -208,11 +208,12 @@ def _script(config: JobConfig) -> Iterator[str]:
 
 def _run_dir(config: JobConfig, way: enqueue.Way) -> Iterator[str]:
     run_dir = RunDir(config.run.dir)
-    folder = _existing(run_dir.path)
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise RunDirError(
-            "cannot be written to", where=str(folder), remedy="choose another run.dir"
-        )
+    for key, path in (("data.cache_dir", config.cache_dir), ("run.dir", run_dir.path)):
+        folder = _existing(path)
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise RunDirError(
+                "cannot be written to", where=str(folder), remedy=f"choose another {key}"
+            )
     if run_dir.done.exists():
         raise RunDirError(
             "this job is done", where=str(run_dir.path), remedy="choose another run.dir"
