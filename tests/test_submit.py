@@ -557,18 +557,18 @@ def test_a_user_without_a_name(open_job: Path) -> None:
 @pytest.mark.parametrize(
     ("closed", "mode", "option", "said"),
     [
-        ("closed", 0o700, "run.dir=closed/a/run", "run.dir: .*closed.*: Permission denied"),
-        ("closed", 0o755, "run.dir=closed/a/run", "closed: cannot be written to"),
-        ("open/run", 0o755, "run.dir=open/run", "open/run: cannot be written to"),
-        ("open/run", 0o700, "run.dir=open/run", "open/run: cannot be written to"),
-        ("open/run/job.json", 0o600, "run.dir=open/run", "job.json"),
-        ("open/run/submissions.jsonl", 0o600, "run.dir=open/run", "submissions.jsonl.*Permission"),
-        ("data.json", 0o600, "run.dir=open/run", "data.json: cannot be read by this user"),
-        ("model", 0o700, "run.dir=open/run", "model.*Permission denied"),
-        ("model/config.json", 0o600, "run.dir=open/run", "config.json.*Permission denied"),
-        ("model/model.safetensors", 0o600, "run.dir=open/run", "model.safetensors.*Permission"),
-        ("cache", 0o700, "data.cache_dir=cache", "cache: cannot be written to\n.*data.cache_dir"),
-        ("closed", 0o700, "container={type: apptainer, image: closed/x.sif}", "closed/x.sif"),
+        ("closed", 0, "run.dir=closed/a/run", "run.dir: .*closed.*: Permission denied"),
+        ("closed", 0o555, "run.dir=closed/a/run", "closed: cannot be written to"),
+        ("open/run", 0o555, "run.dir=open/run", "open/run: cannot be written to"),
+        ("open/run", 0, "run.dir=open/run", "open/run: cannot be written to"),
+        ("open/run/job.json", 0, "run.dir=open/run", "job.json"),
+        ("open/run/submissions.jsonl", 0, "run.dir=open/run", "submissions.jsonl.*Permission"),
+        ("data.json", 0, "run.dir=open/run", "data.json: cannot be read by this user"),
+        ("model", 0, "run.dir=open/run", "model.*Permission denied"),
+        ("model/config.json", 0, "run.dir=open/run", "config.json.*Permission denied"),
+        ("model/model.safetensors", 0, "run.dir=open/run", "model.safetensors.*Permission"),
+        ("cache", 0, "data.cache_dir=cache", "cache: cannot be written to\n.*data.cache_dir"),
+        ("closed", 0, "container={type: apptainer, image: closed/x.sif}", "closed/x.sif"),
     ],
 )  # fmt: skip
 def test_what_this_user_may_not_use(
@@ -593,8 +593,8 @@ def test_what_this_user_may_not_use(
 
 @pytest.mark.parametrize(
     ("closed", "mode", "command_"),
-    [("", 0o700, "status"), ("", 0o700, "logs"), ("", 0o700, "cancel"), ("", 0o755, "cancel"),
-     ("submissions.jsonl", 0o600, "status"), ("logs/attempt-2/error", 0o600, "status")],
+    [("", 0, "status"), ("", 0, "logs"), ("", 0, "cancel"), ("", 0o555, "cancel"),
+     ("submissions.jsonl", 0, "status"), ("logs/attempt-2/error", 0, "status")],
 )  # fmt: skip
 def test_a_run_that_this_user_may_not_follow(
     closed: str, mode: int, command_: str, open_job: Path
