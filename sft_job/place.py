@@ -298,7 +298,8 @@ def _typed_into_a_shell(environ: Mapping[str, str]) -> bool:
     (`srun --pty bash`) or in one that has kept a task's variables: no other task does the same.
 
     The command of `srun --pty` itself leads the session of its terminal, or runs in the process
-    group of what does; a shell for people gives each command a group of its own.
+    group of what does; a shell for people gives each command a group of its own. What a shell was
+    given by -c, the other tasks' shells were given too.
     """
     own, task = Process.of("self"), Process.of(environ.get("SLURM_TASK_PID", ""))
     if task is not None and (parent := Process.of(task.parent)) and parent.name != "slurmstepd":
@@ -307,7 +308,9 @@ def _typed_into_a_shell(environ: Mapping[str, str]) -> bool:
     if own.terminal == NONE:
         # Without the terminal of its task by `setsid` or the like.
         return task is not None and task.terminal != NONE and task.session != own.session
-    return task is None or not (task.session == own.session == own.group)
+    if task is None or task.session != own.session:
+        return True
+    return own.group != task.session and not task.was_given_a_command()
 
 
 NONE = "0"
@@ -317,6 +320,7 @@ NONE = "0"
 class Process:
     """What /proc/PID/stat says, see proc(5)."""
 
+    pid: str
     name: str
     parent: str
     group: str
@@ -332,7 +336,16 @@ class Process:
         except OSError:  # it has ended, or belongs to another namespace
             return None
         head, _, tail = text.rpartition(")")
-        return cls(head.partition("(")[2], *tail.split()[1:5])
+        number, _, name = head.partition("(")
+        return cls(number.strip(), name, *tail.split()[1:5])
+
+    def was_given_a_command(self) -> bool:
+        """A shell with -c."""
+        try:
+            words = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return any(re.fullmatch(rb"-[a-zA-Z]*c", word) for word in words[1:])
 
 
 def _refuse_an_old_step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -353,15 +354,16 @@ from sft_job import place
 environ = dict(os.environ)
 if "itself" in sys.argv:
     environ["SLURM_TASK_PID"] = str(os.getpid())
-print(place._typed_into_a_shell(environ), flush=True)
+print("answer", place._typed_into_a_shell(environ), flush=True)
 """
 
 
-def at_a_terminal(*command: str) -> str:
-    """The output of a command that leads the session of a terminal."""
+def at_a_terminal(*command: str, typed: str = "") -> str:
+    """What stands on a terminal whose session a command leads, into which this is typed."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(command[0], command)
+    os.write(terminal, typed.encode())
     said = b""
     while True:
         try:
@@ -373,7 +375,7 @@ def at_a_terminal(*command: str) -> str:
         said += part
     os.waitpid(pid, 0)
     os.close(terminal)
-    return said.decode().strip()
+    return said.decode()
 
 
 @pytest.fixture
@@ -386,19 +388,28 @@ def as_slurmstepd() -> Iterator[None]:
     name.write_text(before.strip())
 
 
-def test_who_types_into_a_shell(monkeypatch: pytest.MonkeyPatch, as_slurmstepd: None) -> None:
+def test_who_types_into_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_slurmstepd: None
+) -> None:
     """By the terminal and the process group, which a shell for people makes for each command."""
     monkeypatch.undo()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    ask = [sys.executable, "-c", ASK]
-    words = " ".join(f"'{word}'" for word in ask)
+    script = tmp_path / "ask.py"
+    script.write_text(ASK)
+    ask = [sys.executable, str(script)]
+    words = shlex.join(ask)
     task = "export SLURM_TASK_PID=$$; "
-    assert at_a_terminal(*ask, "itself") == "False"
-    assert at_a_terminal("/bin/bash", "-c", f"{task}{words}; true") == "False"
-    assert at_a_terminal("/bin/bash", "-mc", f"{task}{words}; true") == "True"
-    assert at_a_terminal("/bin/bash", "-c", f"{task}setsid --wait {words}; true") == "True"
+    shell = ("/bin/bash", "--norc", "-i")
+    for said, expected in (
+        (at_a_terminal(*ask, "itself"), False),
+        (at_a_terminal("/bin/bash", "-c", f"{task}{words}; true"), False),
+        (at_a_terminal(*shell, "-c", f"{task}{words}; true"), False),
+        (at_a_terminal(*shell, typed=f"{task}{words}; setsid -w {words}; exit\n"), True),
+    ):
+        assert f"answer {expected}" in said, said
+        assert f"answer {not expected}" not in said, said
     detached = subprocess.run(ask, capture_output=True, text=True, start_new_session=True)
-    assert detached.stdout.strip() == "False", detached.stderr
+    assert detached.stdout.strip() == "answer False", detached.stderr
 
 
 # --- what others have left for accelerate and torch -------------------------------------------

@@ -77,11 +77,11 @@ def test_the_shell_of_an_interactive_step(folder: Path, job: Path) -> None:
     run = RunDir(folder / "interactive")
     train = [sys.executable, "-m", "sft_job", "train", job, f"run.dir={run.path}",
              "train.max_steps=2", "run.processes=2", "slurm=null"]  # fmt: skip
-    words = f"cd {ROOT}; {shlex.join(map(str, train))}; echo code $?"
+    typed = f"cd {ROOT}; {shlex.join(map(str, train))}; echo code $((1 + $?)); exit\n"
     srun = shutil.which("srun")
     assert srun is not None
-    said = at_a_terminal(srun, "--ntasks=2", "--pty", "bash", "--norc", "-ic", words)
-    assert "code 0" in said, said
+    said = at_a_terminal(srun, "--ntasks=2", "--pty", "bash", "--norc", typed=typed)
+    assert "code 1" in said, said
     assert run.done.exists()
 
 
