@@ -28,7 +28,8 @@
               rates           the learning rate of every step
               preflight       what is looked at before a run directory is claimed
               choices         the other decisions of a plan: precision, kernels, positions
-              workers         who this process is: launcher or worker, and which
+              workers         what each training process is given
+              place           which of them this process is
               launcher        the training processes of one machine: started, watched, stopped
               compiled        what is compiled once on each machine
               plan            everything derived from a job, in one place; `sft-job plan`
@@ -36,6 +37,7 @@
               jobscript       the text of a job script
               slurm           what Slurm says; a job under submitit
               follow          a submitted job from outside: status, output, end
+              enqueue         a job's script into the queue, once
     layer 3   network         the way to other machines and GPUs, as gloo and NCCL are told
               rendezvous      how the processes find each other
     torch     world           the processes that train together, and what they agree on

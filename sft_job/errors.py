@@ -7,6 +7,7 @@
     │   │   ├── DataError           conversations
     │   │   └── SubmitError         what a job would fail of on the cluster
     │   ├── ModelError              weights, tokenizer, architecture
+    │   ├── LaunchError             how the processes were started
     │   ├── HardwareError           processors, precision, kernels
     │   ├── RunDirError             the run directory belongs to something else
     │   ├── FileError               a file or folder that the system does not let us use
@@ -113,6 +114,10 @@ class SubmitError(FaultList):
 
 
 class ModelError(UserError):
+    pass
+
+
+class LaunchError(UserError):
     pass
 
 

@@ -176,7 +176,23 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes) -> Any:
+    """
+    Raises:
+        ValueError: it is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError as error:  # a damaged file may be full of brackets
+        raise ValueError("nested too deeply") from error
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -185,7 +201,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     records = []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # not JSON, not UTF-8
             continue
         if isinstance(record, dict):

@@ -249,6 +249,8 @@ def script(config: JobConfig, python: str, grace: int, environ: Mapping[str, str
         "NEEDED": _array(needed),
         "NODES": str(slurm.nodes),
         "TASKS_PER_NODE": str(slurm.tasks_per_node(config.run)),
+        "GPUS_PER_NODE": str(slurm.gpus_per_node),
+        "CPUS_PER_TASK": str(slurm.cpus_per_task or ""),
         "GRACE_S": str(grace),
         "REQUEUE": str(int(slurm.requeue)),
     }
@@ -259,10 +261,12 @@ def script(config: JobConfig, python: str, grace: int, environ: Mapping[str, str
         job.append(f"{name}={value}")
     if container is not None and config.model.on_hub:
         job += [f"export {name}={shlex.quote(value)}" for name, value in hub(environ).items()]
-    if slurm.setup:
-        job += ["", "# slurm.setup", *slurm.setup]
+    setup = ["", "# slurm.setup", *slurm.setup, ""] if slurm.setup else []
     text = resources.files("sft_job").joinpath("slurm_files/job.sh").read_text(encoding="utf-8")
-    return text.replace("@SBATCH@", "\n".join(lines)).replace("@JOB@", "\n".join(job))
+    filled = {"@SBATCH@": lines, "@JOB@": job, "@SETUP@": setup}
+    # At once: what is put in may have such a word in it.
+    found_marks = "|".join(filled)
+    return re.sub(f"^({found_marks})$", lambda m: "\n".join(filled[m[1]]), text, flags=re.MULTILINE)
 
 
 def _array(words: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ RUN_DIR/
       metrics.jsonl      one line per step that it logged
       attempts.jsonl     when it began, where it resumed, and how long its start took, by part
       interrupted        it was stopped on request, and says why
+      began              by the job script: the submission, and the step that was saved by then
       unloadable-00000200  it could not load that checkpoint, and says why
       model.json         size and SHA-256 of each file of the model that it wrote
   logs/attempt-N/        one log per rank, rank-R.error when a rank failed; from the job script
@@ -23,7 +24,6 @@ RUN_DIR/
   job.sh                 the job script, with `sft-job submit`
   submissions.jsonl      each time it was submitted
   CANCELLED              by `sft-job submit cancel`: saved, and not requeued
-  progress               saved step at the beginning of each attempt since it was submitted
   save_seconds           what the last checkpoint took
   DONE                   the model is complete; made once, never replaced
 
@@ -49,7 +49,7 @@ from typing import IO, Any
 
 from sft_job.config import read_stored, stored
 from sft_job.errors import RunDirError
-from sft_job.files import create, put_aside, read_json
+from sft_job.files import create, parse_json, put_aside, read_json
 from sft_job.schema import JobConfig
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -75,7 +75,6 @@ class RunDir:
         self.script = self.path / "job.sh"
         self.cancelled = self.path / "CANCELLED"
         self.submissions = self.path / "submissions.jsonl"
-        self.progress = self.path / "progress"
         self.save_seconds = self.path / "save_seconds"
         self.submitit = self.path / "submitit"
 
@@ -87,6 +86,9 @@ class RunDir:
 
     def interrupted(self, attempt: int) -> Path:
         return self.attempt(attempt) / "interrupted"
+
+    def began(self, attempt: int) -> Path:
+        return self.attempt(attempt) / "began"
 
     def written_model(self, attempt: int) -> Path:
         return self.attempt(attempt) / "model.json"
@@ -335,7 +337,7 @@ class RunDir:
         A job.json that is gone or damaged is made up for by identity.json."""
         try:
             text = self.job_file.read_text(encoding="utf-8")
-            json.loads(text)
+            parse_json(text.encode())
         except (ValueError, OSError) as error:
             with suppress(OSError, ValueError, LookupError, TypeError):
                 settings = read_json(self.identity)["settings"]

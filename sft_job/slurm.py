@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sft_job.errors import EXIT_INTERRUPTED, Interrupted, SlurmError, SubmitError, WorkerError
@@ -26,8 +27,17 @@ DEFAULTS = {
     f"SBATCH_{key.upper()}": key
     for key in ("account", "constraint", "partition", "qos", "reservation")
 }
-# Of an allocation that this program is called in, srun would take the options.
-ABOUT_A_JOB = re.compile(r"SBATCH_|SRUN_|SLURMD_|SLURM_(?!(?:CONF|CONF_SERVER|JWT|CLUSTERS)$)")
+# What a shell knows of other jobs and processes: allocations, whose options srun would take; places
+# that launchers gave; accelerate's settings. The job script leaves out the same.
+ABOUT_OTHERS = re.compile(
+    r"SBATCH_|SRUN_|SLURMD_|SLURM_(?!(?:CONF|CONF_SERVER|JWT|CLUSTERS)$)"
+    r"|(?:(?:LOCAL_|GROUP_|ROLE_)?(?:RANK|WORLD_SIZE)|LOCAL_SIZE|NODE_RANK|ROLE_NAME|CROSS_RANK"
+    r"|CROSS_SIZE|MASTER_ADDR|MASTER_PORT|SFT_JOB_(?:ATTEMPT|LAUNCHED|BEGAN|WORLD_SIZE))$"
+    r"|TORCHELASTIC_|PMIX?_|OMPI_COMM_WORLD_|MV2_COMM_WORLD_|MPI_LOCALN?RANK"
+    r"|ACCELERATE_|FSDP_|PARALLELISM_CONFIG_"
+)
+# What tells Slurm's commands which jobs to leave out, how to print, and to ask before they act.
+FILTERS = re.compile(r"(?:SQUEUE|SINFO|SACCT|SACCTMGR|SCONTROL|SCANCEL|SPRIO)_")
 
 # --- under submitit ---------------------------------------------------------------------
 
@@ -55,10 +65,10 @@ class Attempt:
         self.__init__(**state)  # type: ignore[misc]
 
     def command(self) -> list[str]:
-        return ["bash", str(RunDir(self.run_dir).script)]
+        return ["bash", str(RunDir(self.run_dir).script), "submitit"]
 
     def environment(self) -> dict[str, str]:
-        return os.environ | {"SFT_JOB_SUBMITIT": "1"}
+        return dict(os.environ)
 
     def forward(self, number: int, frame: object) -> None:
         """What sbatch's shell would get: signals to the batch process alone."""
@@ -166,16 +176,38 @@ def with_site_defaults(slurm: Slurm, environ: Mapping[str, str]) -> tuple[Slurm,
 
 
 def clean(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment that a job is submitted from: nothing in it speaks of another job."""
-    return {name: value for name, value in environ.items() if not ABOUT_A_JOB.match(name)}
+    """The environment that a job is submitted from, and that Slurm is asked in: nothing in it
+    speaks of another job, or decides what an answer leaves out."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not ABOUT_OTHERS.match(name) and not FILTERS.match(name)
+    }
 
 
-def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
+def user() -> str:
+    """The name of this process's user, whatever a shell says; the number where nobody has given
+    it a name, as in containers and on nodes without the site's directory."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def ask(*command: str, timeout_s: float = TIMEOUT_S, cluster: str | None = None) -> str:
     """What a Slurm command prints.
+
+    Args:
+        cluster: where several are joined; None is where SLURM_CLUSTERS says, HERE this one.
 
     Raises:
         SlurmError: it is not here, fails, or does not answer.
     """
+    environ = clean(os.environ)
+    if cluster is not None:
+        environ.pop("SLURM_CLUSTERS", None)
+    if cluster:
+        command = (command[0], f"--clusters={cluster}", *command[1:])
     try:
         answer = subprocess.run(
             command,
@@ -184,7 +216,7 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
             errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=timeout_s,
-            env=clean(os.environ),
+            env=environ,
             check=True,
         )
     except FileNotFoundError as error:
@@ -193,6 +225,8 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
             remedy="submit from a login node of the cluster, "
             "or run the job here with `sft-job train`",
         ) from error
+    except OSError as error:
+        raise SlurmError(f"{command[0]} cannot be started: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
             f"{command[0]} does not answer within {timeout_s:.0f} s",
@@ -204,12 +238,28 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     return answer.stdout
 
 
-def sbatch(run_dir: RunDir, after: str | None) -> str:
-    """Put the run directory's script into the queue; returns the job id."""
+HERE = ""
+
+
+def sbatch(run_dir: RunDir, after: str | None) -> tuple[str, str]:
+    """Put the run directory's script into the queue; returns job id and cluster (or HERE).
+
+    Raises:
+        SlurmError: it is not taken, or nobody can say whether it is.
+    """
     options = [f"--dependency=afterany:{after}"] if after else []
     command = ["sbatch", "--parsable", f"--chdir={run_dir.path}", *options, str(run_dir.script)]
     said = ask(*command, timeout_s=SBATCH_TIMEOUT_S)
-    return said.strip().split(";")[0]  # with federations: id;cluster
+    # Of several clusters id;cluster; sites put notices of their own before it.
+    found = re.findall(r"^(\d+)(?:;(\S+))?\s*$", said, re.MULTILINE)
+    if not found:
+        raise SlurmError(
+            f"sbatch does not say which job it has made: {said.strip()[:200]!r}",
+            where=str(run_dir.path),
+            remedy="look with `squeue --me`; submit again if it is not there",
+        )
+    job, of = found[-1]
+    return job, of
 
 
 def local_state(pid: str, submitted: float) -> str | None:
@@ -228,22 +278,83 @@ def local_state(pid: str, submitted: float) -> str | None:
     return None if fields[0] in "ZX" or younger else "RUNNING"
 
 
-def state(job: str) -> str | None:
-    """PENDING, RUNNING, ...; None when Slurm does not know the job any more."""
-    try:
-        found = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
-    except SlurmError as error:
-        if "Invalid job id" in error.what:
-            return None
-        raise
-    return found.split()[0] if found.split() else None
+# What Slurm calls a job that is there, or may come back.
+ALIVE = {
+    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+    "SPECIAL_EXIT", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "RESV_DEL_HOLD",
+    "EXPEDITING", "POWER_UP_NODE", "UPDATE_DB",
+}  # fmt: skip
+# The end, or the moment before Slurm puts the job back into the queue.
+UNSURE = {"NODE_FAIL", "PREEMPTED"}
+ENDED = {
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "BOOT_FAIL", "LAUNCH_FAILED", "DEADLINE",
+    "OUT_OF_MEMORY", "REVOKED", "RECONFIG_FAIL",
+}  # fmt: skip
 
 
-def ending(job: str) -> str | None:
+def state(job: str, cluster: str = HERE) -> str | None:
+    """PENDING, RUNNING, ...; None when Slurm says that it does not know the job any more.
+
+    Raises:
+        SlurmError: it says neither. A job that is not seen may well run.
+    """
+    refusal = None
+    said: list[str] = []
+    for command in (
+        ("squeue", "--all", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"),
+        ("scontrol", "--oneliner", "show", "job", job),
+    ):
+        try:
+            text = ask(*command, cluster=cluster)
+        except SlurmError as error:
+            if INVALID in error.what and not any(said):
+                return None
+            if not error.what.startswith("squeue refuses"):  # nor would the other one answer
+                raise refusal or error from error
+            refusal, text = error, ""
+        if (word := _state_in(text)) is not None:
+            return word
+        said.append(text.strip())
+    raise refusal or SlurmError(
+        f"it is not known whether job {job} lives: squeue says {said[0][:80]!r}, and scontrol "
+        f"{said[1][:80]!r}",
+        remedy=f"look with `scontrol show job {job}`",
+    )
+
+
+def jobs_in(folder: Path) -> list[tuple[str, str]]:
+    """(job, state) of this user's jobs that work in a folder, whoever has written them down.
+
+    Raises:
+        SlurmError: nobody says.
+    """
+    text = ask(
+        "squeue", "--all", "--noheader", f"--user={user()}", "--format=%i|%T|%Z", cluster=HERE
+    )
+    lines = [line.split("|", 2) for line in text.splitlines() if line.count("|") >= 2]
+    places = {str(folder), str(folder.resolve())}
+    return [(job.strip(), state) for job, state, place in lines if place.strip() in places]
+
+
+INVALID = "Invalid job id"
+
+
+def _state_in(text: str) -> str | None:
+    """The state that a line of squeue or scontrol has; there may be headers of clusters, and a line
+    for each part of a job."""
+    words = re.findall(r"(?:^|JobState=)([A-Z_]+)\+?\s", text + "\n", re.MULTILINE)
+    for kind in (ALIVE, UNSURE, ENDED):
+        for word in words:
+            if word in kind:
+                return str(word)
+    return None
+
+
+def ending(job: str, cluster: str = HERE) -> str | None:
     """TIMEOUT, CANCELLED, ...: of a job that squeue has forgotten; None without accounting."""
     try:
         found = ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State",
-                    f"--jobs={job}")  # fmt: skip
+                    f"--jobs={job}", cluster=cluster)  # fmt: skip
     except SlurmError:
         return None
     return found.split()[0] if found.split() else None
@@ -339,8 +450,8 @@ def account_notes(wanted: Slurm) -> Iterator[str]:
     """
     if wanted.account is None and wanted.qos is None:
         return
-    user = getpass.getuser()
-    query = ("list", "assoc", f"user={user}", "format=account,qos")
+    name = user()
+    query = ("list", "assoc", f"user={name}", "format=account,qos")
     try:
         text = ask("sacctmgr", "--noheader", "--parsable2", *query)
     except SlurmError as error:
@@ -348,17 +459,17 @@ def account_notes(wanted: Slurm) -> Iterator[str]:
         return
     rows = [line.lower().split("|") for line in text.splitlines() if line]
     if not rows:
-        yield f"account and QOS not checked: Slurm keeps none of {user}"
+        yield f"account and QOS not checked: Slurm keeps none of {name}"
         return
     account, wanted_qos = (name and name.lower() for name in (wanted.account, wanted.qos))
     accounts = sorted({row[0] for row in rows})
     if account is not None and account not in accounts:
         raise SubmitError(
-            [f"slurm.account: {user} has no account {wanted.account!r}; {', '.join(accounts)}"]
+            [f"slurm.account: {name} has no account {wanted.account!r}; {', '.join(accounts)}"]
         )
     allowed = {q for row in rows for q in row[1].split(",") if account in (None, row[0])}
     if wanted_qos is not None and wanted_qos not in allowed:
-        said = f"slurm.qos: {user} may not use {wanted.qos!r}; {', '.join(sorted(allowed))}"
+        said = f"slurm.qos: {name} may not use {wanted.qos!r}; {', '.join(sorted(allowed))}"
         settings = ask("scontrol", "show", "config")
         if re.search(r"^AccountingStorageEnforce\s*=.*\b(qos|all)\b", settings, re.MULTILINE):
             raise SubmitError([said])

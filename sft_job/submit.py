@@ -11,21 +11,18 @@ Runs on a login node: no torch, no GPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_job import __version__, cli, follow, images, jobscript, preflight, slurm
+from sft_job import __version__, cli, enqueue, follow, images, jobscript, preflight, slurm
 from sft_job.config import load, stored
 from sft_job.conversations import read_trainable
 from sft_job.errors import (
@@ -34,11 +31,10 @@ from sft_job.errors import (
     FaultList,
     RunDirError,
     SftJobError,
-    SlurmError,
     SubmitError,
     WorkerError,
 )
-from sft_job.files import append_line, write_atomically
+from sft_job.files import write_atomically
 from sft_job.plan import Plan, gib, plan_for
 from sft_job.prepared import (
     BUNDLED,
@@ -78,6 +74,22 @@ def main(argv: Sequence[str]) -> int:
 def submit(args: argparse.Namespace) -> int:
     """Check -> claim -> write the script -> queue."""
     config = load(args.job, args.overrides)
+    try:
+        run_dir = _submit(args, config)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunDirError(
+            f"cannot be used: {error.strerror or error}",
+            where=str(error.filename or config.run.dir),
+            remedy="see that this user may read and write there, and that there is room; "
+            "or choose another run.dir",
+        ) from error
+    return follow.wait(run_dir) if args.wait and run_dir else 0
+
+
+def _submit(args: argparse.Namespace, config: JobConfig) -> RunDir | None:
+    """Returns the run directory of what was submitted."""
     notes: list[str] = []
     if config.slurm is not None:
         section, notes = slurm.with_site_defaults(config.slurm, os.environ)
@@ -88,93 +100,40 @@ def submit(args: argparse.Namespace) -> int:
         pinned = config.model.model_copy(update={"revision": revision})
         config = config.model_copy(update={"model": pinned})
     run_dir = RunDir(config.run.dir)
-    plan, lines = check(config, local=args.cluster == "local", waits_for=args.after)
+    way = enqueue.Way(args.via, args.cluster, args.after)
+    plan, lines = check(config, way)
     text = script_of(config, plan)
     for line in [*(f"{'slurm':<10} {note}" for note in notes), *lines]:
         print(line)
     if args.dry_run:
         print(f"\n--- {run_dir.script}\n{text}")
-        return 0
+        return None
     run_dir.claim(config, args.job.read_text(encoding="utf-8"))
     with run_dir.exclusive_lock(".submit", "submitting this job"):
-        _refuse_second(config, run_dir, args.after)  # another may have come first meanwhile
+        enqueue.refuse_second(config, run_dir, way)  # another may have come first meanwhile
         # What runs is job.json: overrides applied, paths absolute, the model's commit fixed.
         write_atomically(run_dir.job_file, stored(config))
         write_atomically(run_dir.script, text)
         run_dir.cancelled.unlink(missing_ok=True)
         for path in jobscript.bound(config, os.environ).writable:
             Path(path).mkdir(parents=True, exist_ok=True)
-        job = queue(config, run_dir, args, plan)
-        record = {"time": time.time(), "job": job, "via": args.via, "cluster": args.cluster}
-        append_line(run_dir.submissions, json.dumps(record))
+        job = enqueue.enqueue(config, run_dir, way, _grace_of(config, plan))
     print(f"submitted: job {job}\n  sft-job submit status {shlex.quote(str(run_dir.path))}")
-    return follow.wait(run_dir) if args.wait else 0
+    return run_dir
+
+
+def _grace_of(config: JobConfig, plan: Plan | None) -> int:
+    return jobscript.grace_s(config, plan.checkpoint_bytes if plan else None)
 
 
 def script_of(config: JobConfig, plan: Plan | None) -> str:
-    grace = jobscript.grace_s(config, plan.checkpoint_bytes if plan else None)
-    return jobscript.script(config, sys.executable, grace, os.environ)
-
-
-def queue(config: JobConfig, run_dir: RunDir, args: argparse.Namespace, plan: Plan | None) -> str:
-    """Submit the run directory's script; returns the job id."""
-    if args.via == "sbatch":
-        return slurm.sbatch(run_dir, args.after)
-    import submitit
-
-    grace = jobscript.grace_s(config, plan.checkpoint_bytes if plan else None)
-    assert config.slurm is not None  # checked by script_of
-    options = jobscript.options(config.slurm, config, grace)
-    # Its own signal, to the batch process alone, which is Python by the `exec`.
-    options |= {"signal": f"B:{submitit.JobEnvironment.USR_SIG}@{grace}"}
-    if args.after:
-        options["dependency"] = f"afterany:{args.after}"
-    run_dir.submitit.mkdir(exist_ok=True)
-    for name in os.environ.keys() - slurm.clean(os.environ).keys():
-        del os.environ[name]  # submitit calls sbatch with this environment
-    with contextlib.chdir(run_dir.path):  # sbatch's output goes where it is called
-        if args.cluster == "local":
-            executor: Any = submitit.LocalExecutor(folder=run_dir.submitit)
-            attempt = slurm.LocalAttempt(str(run_dir.path), os.environ.get("CUDA_VISIBLE_DEVICES"))
-            executor.update_parameters(timeout_min=config.slurm.time_min)
-            with _output_to(run_dir.submitit / "controller.log"):
-                return str(executor.submit(attempt).job_id)
-        executor = submitit.SlurmExecutor(
-            folder=run_dir.submitit,
-            max_num_timeout=10**6,
-            python=f"exec {shlex.quote(sys.executable)}",
-        )
-        executor.update_parameters(
-            use_srun=False, stderr_to_stdout=True, wckey=None, time=config.slurm.time_min,
-            additional_parameters=options,
-        )  # fmt: skip
-        try:
-            return str(executor.submit(slurm.Attempt(str(run_dir.path))).job_id)
-        except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
-            raise SlurmError(f"sbatch refuses: {error}") from error
-
-
-@contextlib.contextmanager
-def _output_to(file: Path) -> Iterator[None]:
-    """For processes that outlive this one: whoever reads our output would wait for them."""
-    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-    try:
-        with open(file, "ab") as log:
-            for descriptor in kept:
-                os.dup2(log.fileno(), descriptor)
-        yield
-    finally:
-        for descriptor, copy in kept.items():
-            os.dup2(copy, descriptor)
-            os.close(copy)
+    return jobscript.script(config, sys.executable, _grace_of(config, plan), os.environ)
 
 
 # --- checks ------------------------------------------------------------------------------
 
 
-def check(
-    config: JobConfig, *, local: bool, waits_for: str | None
-) -> tuple[Plan | None, list[str]]:
+def check(config: JobConfig, way: enqueue.Way) -> tuple[Plan | None, list[str]]:
     """Everything that can be known before the job waits in a queue.
 
     Returns:
@@ -193,6 +152,10 @@ def check(
             faults.extend(error.faults)
         except SftJobError as error:
             faults.append(str(error))
+        except OSError as error:  # of a file or folder that the job needs
+            where = error.filename or config.run.dir
+            faults.append(f"{what}: {where}: {error.strerror or error}: choose a place that this "
+                          "user may use")  # fmt: skip
 
     plan: Plan | None = None
 
@@ -201,14 +164,14 @@ def check(
         plan = yield from _plan(config)
 
     look("script", lambda: _script(config))
-    look("run.dir", lambda: _run_dir(config, waits_for))
+    look("run.dir", lambda: _run_dir(config, way))
     look("data", lambda: _data(config))
     look("model", lambda: _model(config))
     look("container", lambda: _container(config))
     look("report_to", lambda: iter(preflight.check(config)))
     look("plan", planned)
     look("disk", lambda: _disk(config, plan))
-    if not local:
+    if way.cluster == "slurm":
         look("cluster", lambda: _cluster(config))
     if faults:
         raise SubmitError(list(dict.fromkeys(faults)))
@@ -241,48 +204,23 @@ def _script(config: JobConfig) -> Iterator[str]:
         yield from _grace(config, config.slurm.grace_s)
 
 
-def _run_dir(config: JobConfig, waits_for: str | None) -> Iterator[str]:
+def _run_dir(config: JobConfig, way: enqueue.Way) -> Iterator[str]:
     run_dir = RunDir(config.run.dir)
-    folder = _existing(run_dir.path)
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise RunDirError(
-            "cannot be written to", where=str(folder), remedy="choose another run.dir"
-        )
+    for key, path in (("data.cache_dir", config.cache_dir), ("run.dir", run_dir.path)):
+        folder = _existing(path)
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise RunDirError(
+                "cannot be written to", where=str(folder), remedy=f"choose another {key}"
+            )
     if run_dir.done.exists():
         raise RunDirError(
             "this job is done", where=str(run_dir.path), remedy="choose another run.dir"
         )
-    _refuse_second(config, run_dir, waits_for)
+    enqueue.refuse_second(config, run_dir, way)
+    run_dir.refuse_foreign(config)
     kind = _file_system(folder)
     local = ": is it on all nodes? they are asked before the job begins" if kind in LOCAL else ""
     yield f"{run_dir.path} ({kind}{local})"
-
-
-def _refuse_second(config: JobConfig, run_dir: RunDir, waits_for: str | None) -> None:
-    """Two jobs on one run directory would train the same steps, one of them for nothing.
-
-    Raises:
-        RunDirError: the last job that was submitted lives, or may be put back by Slurm.
-    """
-    found = follow.live(run_dir)
-    if config.slurm is not None and not config.slurm.requeue:
-        found = [(record, state) for record, state in found if state in follow.ALIVE]
-    if not found:
-        return
-    status = f"sft-job submit status {shlex.quote(str(run_dir.path))}"
-    record, state = found[-1]
-    if record["job"] != waits_for:
-        raise RunDirError(
-            f"job {record['job']} works on it: {state}",
-            where=str(run_dir.path),
-            remedy=f"{status}, or cancel; --after {record['job']} starts when it has ended",
-        )
-    if run_dir.cancelled.exists():  # the marker is taken away with the next submission
-        raise RunDirError(
-            f"job {record['job']} is being cancelled",
-            where=str(run_dir.path),
-            remedy=f"submit when it has ended: {status}",
-        )
 
 
 def _file_system(folder: Path) -> str:

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from sft_job import cli, hardware, start, workers
+from sft_job import cli, hardware, start
 from sft_job.attempt import Attempt
 from sft_job.cli import StopRequest
 from sft_job.config import load
 from sft_job.errors import ConfigError, Interrupted, SftJobError, WorkerError
 from sft_job.files import make_folder
 from sft_job.launcher import Workers
+from sft_job.place import find_place
 from sft_job.plan import processes
 from sft_job.rundir import RunDir
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.job_parser("train", "Fine-tune a model on conversations, as the job file says.")
     args = parser.parse_intermixed_args(argv)
     cli.output_is_not_essential()
-    place = workers.find_place(os.environ)
+    place = find_place(os.environ)
     if place is not None:
         from sft_job import worker
 

@@ -22,6 +22,7 @@ from sft_job.cli import StopRequest
 from sft_job.config import load
 from sft_job.errors import CheckpointError, Interrupted, SftJobError, WorkerError
 from sft_job.files import make_folder, translated, write_atomically
+from sft_job.place import disregard_others, refuse_another_size
 from sft_job.plan import Plan, plan_of, show
 from sft_job.prepared import Prepared, forget, read_facts
 from sft_job.rundir import RunDir
@@ -35,6 +36,7 @@ LOST_LOCK_S = 180.0
 def work(job: Path, overrides: Sequence[str], place: Place) -> int:
     """One training process; returns 0 when the job is done, or was stopped in good order and
     who started this process knows."""
+    disregard_others(os.environ)
     # What is imported is never garbage, and looking through it while it grows takes 0.6 s.
     gc.disable()
     workers.say_warnings_once()
@@ -47,6 +49,7 @@ def work(job: Path, overrides: Sequence[str], place: Place) -> int:
         launcher.die_with_parent(int(os.environ[workers.LAUNCHED]))
         os.set_inheritable(int(os.environ[launcher.REPORT_TO]), False)
     config = load(job, overrides)
+    refuse_another_size(place, config, os.environ)
     run_dir = RunDir(config.run.dir)
     # A launcher or a job script has claimed an attempt, and watches it.
     number = int(os.environ[workers.ATTEMPT]) if workers.ATTEMPT in os.environ else None

@@ -1,15 +1,14 @@
-"""Who this process is: the launcher of a machine, or one of the training processes.
+"""The training processes of a machine: what each is given, and how its start is timed.
 
     sft-job train job.yaml              the launcher: no torch, starts one worker per GPU
       └── the same command with RANK, WORLD_SIZE, ... set: a worker
 
-Under torchrun or srun the variables are there already, and every process is a worker.
+Under torchrun or srun the variables are there already, and every process is a worker: `place.py`.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from sft_job.errors import SlurmError, WorkerError
 from sft_job.hardware import cores
 from sft_job.schema import JobConfig
 
@@ -138,78 +136,3 @@ class Phases:
     def __str__(self) -> str:
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         return f"{sum(self.seconds.values()):.1f} s to the end of the first step: {parts}"
-
-
-def find_place(environ: Mapping[str, str]) -> Place | None:
-    """This process's place as a launcher (ours, torchrun, srun) has given it, or None.
-
-    Raises:
-        WorkerError: the variables are there in part only.
-        SlurmError: a container has kept Slurm's variables out.
-    """
-    if "RANK" in environ or "WORLD_SIZE" in environ:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in environ]
-        if missing:
-            there = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
-            verb = "are" if len(there) > 1 else "is"
-            raise WorkerError(
-                f"{' and '.join(there)} {verb} set, but not {', '.join(missing)}",
-                remedy=f"start with torchrun or srun, or unset {' and '.join(there)}",
-            )
-        return Place(
-            int(environ["RANK"]),
-            int(environ["LOCAL_RANK"]),
-            int(environ["WORLD_SIZE"]),
-            int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
-            environ["MASTER_ADDR"],
-            int(environ["MASTER_PORT"]),
-        )
-    # SLURM sets these for the batch script as well; a step of our job script has workers, and so
-    # has any step with several tasks.
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "SLURM_PROCID" in environ and (tasks > 1 or ATTEMPT in environ):
-        return Place(
-            int(environ["SLURM_PROCID"]),
-            int(environ["SLURM_LOCALID"]),
-            tasks,
-            int(environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
-            environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
-            int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 12768),
-        )
-    if "APPTAINER_CONTAINER" in environ and "SLURM_JOB_ID" not in environ and _under_slurm():
-        raise SlurmError(
-            "this is a task of a Slurm job, but Slurm's variables are not here: each task would "
-            "take itself for the whole job",
-            remedy="start the container without --cleanenv, --containall and APPTAINER_CLEANENV; "
-            "or, if this is the only task, with --env SLURM_JOB_ID=$SLURM_JOB_ID",
-        )
-    return None
-
-
-def _under_slurm() -> bool:
-    """A Slurm step is among the processes that have started this one, or its cgroup says so
-    (a container with process numbers of its own shows no others)."""
-    pid = os.getpid()
-    while pid > 1:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        except OSError:  # it has ended, or belongs to somebody else
-            break
-        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        if fields["Name"] == "slurmstepd":
-            return True
-        pid = int(fields["PPid"])
-    return "slurm" in Path("/proc/self/cgroup").read_text(encoding="utf-8")
-
-
-def _first_host(nodes: str) -> str:
-    command = ["scontrol", "show", "hostnames", nodes]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise WorkerError(
-            f"the first host of {nodes!r} is not known: {' '.join(command)} failed ({error})",
-            remedy="set MASTER_ADDR to the name of the job's first node",
-        ) from error
-    return answer.stdout.split()[0]

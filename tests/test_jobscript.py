@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_job import __version__, images, jobscript, submit
+from sft_job import __version__, images, jobscript, slurm, submit
 from sft_job.config import load
 from sft_job.errors import ConfigError, SubmitError
 from sft_job.paths import escape
@@ -139,6 +140,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scancel": "#!/bin/bash\n",
         "apptainer": "#!/bin/bash\n" + f"echo '{LABELS}'\n",
         "sinfo": "#!/bin/bash\necho 'gpu*|up|infinite|64|gpu:8|(null)'\n",
+        "sleep": "#!/bin/bash\nexec /bin/sleep 0.02\n",
     }
     for name, text in scripts.items():
         (folder / name).write_text(text)
@@ -203,7 +205,11 @@ def test_awkward_names_reach_srun_as_they_are(
     script = tmp_path / "job.sh"
     script.write_text(said[said.index("#!/bin/bash\n") :])
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    found = subprocess.run([shellcheck(), script], capture_output=True, text=True)
+    # Where the names stand; the rest is that of the stored scripts.
+    head = tmp_path / "head.sh"
+    head.write_text(script.read_text().partition("\n# What the shell")[0] + "\n")
+    unused = "--exclude=SC2034"
+    found = subprocess.run([shellcheck(), unused, head], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
     assert f"#SBATCH --comment={jobscript.quoted(comment)}\n" in script.read_text()
 
@@ -261,6 +267,7 @@ def interrupted(folder: Path, tools: Path, scontrol: str, jobs: str) -> tuple[st
     """A job that is asked to stop, on a cluster whose scontrol is this.
 
     Args:
+        scontrol: of job 7, and of 9 where there is one.
         jobs: digits; each a job of this run directory.
 
     Returns:
@@ -271,7 +278,6 @@ def interrupted(folder: Path, tools: Path, scontrol: str, jobs: str) -> tuple[st
     for name, body in {
         "srun": INTERRUPTED_SRUN,
         "scontrol": scontrol,
-        "squeue": '[[ "$*" == *--jobs=9* ]] && echo PENDING || echo N/A',
         "sbatch": f'echo "$@" >> {sbatch}; echo 8',
     }.items():
         (ours / name).write_text(body if body.startswith("#!") else f"#!/bin/bash\n{body}\n")
@@ -293,7 +299,12 @@ def test_followed_by_one_job_where_slurm_does_not_requeue(
     waiting: bool, tmp_path: Path, tools: Path
 ) -> None:
     """By a successor, or by the job that the user has put behind this one already."""
-    scontrol = f'[ "$1" = show ] && [ "$2" = job ] && echo "{SHOWN.format(0, 0)}" || echo n1'
+    scontrol = f"""case "$*" in
+        *"show job"*7) echo "{SHOWN.format(0, 0)}" ;;
+        *"show job"*9) n=$(cat {tmp_path}/n 2> /dev/null); echo 1$n > {tmp_path}/n
+            [ -z "$n" ] || echo JobId=9 JobState=PENDING ;; # at first, no answer
+        *) echo n1 ;;
+    esac"""
     output, sbatch = interrupted(tmp_path, tools, scontrol, "79" if waiting else "7")
     assert sbatch.exists() is not waiting
     said = "job 9 waits for this one, and goes on" if waiting else "a successor is in the queue"
@@ -314,6 +325,269 @@ def test_a_requeue_without_an_answer(done: bool, tmp_path: Path, tools: Path) ->
     output, sbatch = interrupted(tmp_path, tools, scontrol, "7")
     assert sbatch.exists() is not done
     assert ("Slurm has requeued it" in output) is done
+
+
+# --- what the submitting shell has -----------------------------------------------------------
+
+OF_OTHERS = [
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK", "GROUP_RANK",
+    "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE",
+    "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "PMI_RANK", "PMI_SIZE",
+    "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
+    "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED",
+    "FSDP_OFFLOAD_PARAMS", "PARALLELISM_CONFIG_TP_SIZE", "SFT_JOB_LAUNCHED", "SFT_JOB_BEGAN",
+]  # fmt: skip
+OF_SLURM = [
+    "SQUEUE_USERS", "SQUEUE_PARTITION", "SQUEUE_STATES", "SQUEUE_FORMAT", "SINFO_FORMAT",
+    "SACCT_FORMAT", "SACCTMGR_X", "SCONTROL_ALL", "SCANCEL_BATCH", "SCANCEL_INTERACTIVE",
+    "SPRIO_FORMAT", "SLURM_TIME_FORMAT", "SRUN_CPUS_PER_TASK", "SBATCH_TIMELIMIT",
+    "SLURM_STEP_NUM_TASKS", "SLURM_PTY_PORT", "SLURM_LABELIO", "SLURM_TIMELIMIT", "SLURM_WAIT",
+    "SLURM_REMOTE_CWD", "SLURM_TASK_PROLOG", "SLURM_STDOUTMODE", "SLURM_HOSTFILE",
+    "SLURM_DEBUG", "SLURM_OVERLAP", "SLURM_KILL_BAD_EXIT",
+]  # fmt: skip
+LEFT = {name: "1" for name in [*OF_OTHERS, *OF_SLURM]}
+KEPT = {"SLURM_CONF": "/c", "OMP_NUM_THREADS": "3", "NCCL_DEBUG": "INFO",
+        "PMIRROR": "x", "GROUP_HOME": "/g", "SFT_JOB_FLAVOUR": "", "MY_RANK": "5"}  # fmt: skip
+
+
+def seen_by(tools: Path, folder: Path, *names: str) -> Path:
+    """The same commands, of which these write their environment down."""
+    ours = folder / "bin"
+    shutil.copytree(tools, ours)
+    for name in names:
+        body = (ours / name).read_text().removeprefix("#!/bin/bash\n")
+        (ours / name).write_text(f"#!/bin/bash\nenv -0 >> {folder}/{name}.environ\n{body}")
+    return ours
+
+
+def prepared_script(folder: Path, section: dict[str, Any], **changes: Any) -> Path:
+    config = config_of(folder, slurm=section, **changes)
+    run = Path(config.run.dir)
+    run.mkdir()
+    (run / "job.sh").write_text(jobscript.script(config, "python3", 120, {}))
+    return run / "job.sh"
+
+
+@pytest.mark.parametrize("gpus", [4, 0])
+def test_the_submitting_shell_decides_nothing(gpus: int, tmp_path: Path, tools: Path) -> None:
+    """Places of other processes, filters of Slurm's commands, accelerate's settings; and the
+    devices of that shell where Slurm gives each task its own."""
+    ours = seen_by(tools, tmp_path, "srun", "squeue", "scontrol")
+    script = prepared_script(tmp_path, ONE | {"gpus_per_node": gpus}, **{"run.processes": 4})
+    environ = LEFT | KEPT | {
+        "RECORD": f"{tmp_path}/r", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1",
+        "CUDA_VISIBLE_DEVICES": "7", "SFT_JOB_ATTEMPT": "9", "SFT_JOB_WORLD_SIZE": "1",
+        "SBATCH_PARTITION": "gpu",
+    }  # fmt: skip
+    result = run_script(script, ours, **environ)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("srun", "squeue", "scontrol"):
+        lines = (tmp_path / f"{name}.environ").read_text().split("\0")
+        found = dict(line.split("=", 1) for line in lines if "=" in line)
+        # What squeue is told here is the script's own.
+        left = found.keys() & LEFT.keys() - ({"SLURM_TIME_FORMAT"} if name == "squeue" else set())
+        assert left == set()
+        assert found.items() >= (KEPT | {"SBATCH_PARTITION": "gpu"}).items()
+        assert ("CUDA_VISIBLE_DEVICES" in found) == (gpus == 0)
+    lines = (tmp_path / "srun.environ").read_text().split("\0")
+    ranks = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert (ranks["MASTER_ADDR"], ranks["MASTER_PORT"]) == ("n1", "20007")
+    assert (ranks["SFT_JOB_ATTEMPT"], ranks["SFT_JOB_WORLD_SIZE"]) == ("1", "4")
+    found_ = {k: v for k, v in (LEFT | KEPT).items() if k in slurm.clean(LEFT | KEPT)}
+    assert found_ == KEPT
+
+
+def test_what_slurm_setup_sets_is_kept(tmp_path: Path, tools: Path) -> None:
+    """Whatever shell options it uses for itself."""
+    ours = seen_by(tools, tmp_path, "srun")
+    setup = ["set -euo pipefail", "set -fC", "export CUDA_VISIBLE_DEVICES=1", "IFS=/",
+             "export ACCELERATE_CPU_AFFINITY=1"]  # fmt: skip
+    script = prepared_script(tmp_path, ONE | {"setup": setup})
+    result = run_script(script, ours, RECORD=f"{tmp_path}/r")
+    assert result.returncode == 0, result.stdout + result.stderr
+    environ = (tmp_path / "srun.environ").read_text().split("\0")
+    assert {"CUDA_VISIBLE_DEVICES=1", "ACCELERATE_CPU_AFFINITY=1"} <= set(environ)
+
+
+def test_outside_of_slurm_it_says_what_it_is(tmp_path: Path, tools: Path) -> None:
+    script = prepared_script(tmp_path, ONE)
+    result = run_script(script, tools, SLURM_JOB_ID="")
+    assert result.returncode == 1
+    assert f"error: this is a job script: sbatch --chdir={script.parent}" in result.stdout
+
+
+# --- attempts -------------------------------------------------------------------------------
+
+
+def ranks_do(tools: Path, folder: Path, *lines: str, scontrol: str = "echo n1") -> Path:
+    """The same commands; the ranks of an attempt are these lines of bash."""
+    ours = folder / "bin"
+    shutil.copytree(tools, ours, dirs_exist_ok=True)
+    last = "last=$(ls attempts | sort -n | tail -n 1); at=attempts/$last; logs=logs/attempt-$last"
+    body = "\n".join(['[[ " $* " == *" sft_job.train "* ]] || exit 0', last, *lines])
+    for name, text in {"srun": body, "scontrol": scontrol, "sbatch": "echo 8"}.items():
+        (ours / name).write_text(f"#!/bin/bash\n{text}\n")
+        (ours / name).chmod(0o755)
+    return ours
+
+
+def checkpoint(run: Path, step: int) -> None:
+    (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    (run / f"checkpoints/step-{step:08d}/manifest.json").write_text("{}")
+
+
+NOT_REQUEUED = f'[[ "$*" != *"show job"* ]] && echo n1 || echo "{SHOWN.format(0, 0)}"'
+
+
+def test_a_number_is_had_by_making_its_folder(tmp_path: Path, tools: Path) -> None:
+    """Whatever a listing says: file servers answer from memory."""
+    ours = ranks_do(tools, tmp_path, "touch DONE")
+    (ours / "find").write_text("#!/bin/bash\n")
+    (ours / "find").chmod(0o755)
+    script = prepared_script(tmp_path, ONE)
+    for number in (1, 2, 3):
+        (script.parent / f"attempts/{number}").mkdir(parents=True)
+    assert "attempt 4, job 7" in run_script(script, ours).stdout
+    owner = json.loads((script.parent / "attempts/4/owner.json").read_text())
+    assert owner["job"] == "7"
+    assert {"host", "pid", "time"} <= owner.keys()
+
+
+def test_an_older_attempt_does_not_put_the_job_back(tmp_path: Path, tools: Path) -> None:
+    """It was left behind, and another one runs: two jobs would train the same steps."""
+    mark = """echo '{"message": "interrupted"}' > $at/interrupted; mkdir attempts/5; exit 75"""
+    ours = ranks_do(tools, tmp_path, mark, scontrol=NOT_REQUEUED)
+    script = prepared_script(tmp_path, ONE)
+    result = run_script(script, ours)
+    assert result.returncode == 1
+    assert "attempt 5 runs this job now; this one, attempt 1, ends" in result.stdout
+    assert len((script.parent / "submissions.jsonl").read_text().splitlines()) == 1
+
+
+UNLOADABLE = (
+    "step=$(ls checkpoints | grep -vxFf <(ls attempts/*/unloadable-* 2> /dev/null |"
+    " sed 's/.*unloadable-/step-/') | tail -n 1)",
+    "echo 'the file is damaged' > $at/unloadable-${step#step-}; exit 1",
+)
+
+
+def test_a_checkpoint_that_cannot_be_loaded(tmp_path: Path, tools: Path) -> None:
+    """The job goes on from the one before, but not for ever."""
+    ours = ranks_do(tools, tmp_path, *UNLOADABLE, scontrol=NOT_REQUEUED)
+    script = prepared_script(tmp_path, ONE)
+    for step in (4, 8, 12):
+        checkpoint(script.parent, step)
+    first = run_script(script, ours)
+    assert first.returncode == 75
+    assert (
+        "the checkpoint of step 12 could not be loaded: the file is damaged; goes on from the one "
+        "before; saved up to step 8\n"
+    ) in first.stdout
+    assert "a successor is in the queue" in first.stdout
+    second = subprocess.run(
+        ["bash", script, "successor", "7"], capture_output=True, text=True, timeout=60,
+        env={"PATH": f"{ours}:/usr/bin:/bin", "SLURM_JOB_ID": "8", "SLURM_JOB_NODELIST": "n1",
+             "SLURM_CPUS_ON_NODE": "4"},
+    )  # fmt: skip
+    assert "the checkpoint of step 8 could not be loaded" in second.stdout
+    assert second.returncode == 1
+    assert "error: two attempts in a row have saved nothing new (step 4)" in second.stdout
+    # Submitted again, it is tried again.
+    assert run_script(script, ours, SLURM_JOB_ID="9").returncode == 75
+
+
+@pytest.mark.parametrize(("saved", "code"), [(None, 1), (6, 75), (8, 75)])
+def test_progress_is_more_than_where_the_attempts_before_began(
+    saved: int | None, code: int, tmp_path: Path, tools: Path
+) -> None:
+    """Less than before a damaged checkpoint, but more than where the last one began."""
+    save = f"mkdir -p checkpoints/step-0000000{saved}; echo x > checkpoints/step-0000000{saved}/man"
+    lines = [f"{save}ifest.json"] if saved else []
+    mark = """echo '{"message": "interrupted"}' > $at/interrupted; exit 75"""
+    ours = ranks_do(tools, tmp_path, *lines, mark, scontrol=NOT_REQUEUED)
+    script = prepared_script(tmp_path, ONE)
+    checkpoint(script.parent, 4)
+    (script.parent / "attempts/1").mkdir(parents=True)
+    (script.parent / "attempts/1/began").write_text("7 8\n")
+    result = run_script(script, ours)
+    assert result.returncode == code, result.stdout
+
+
+# --- the cause ------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_log_where_there_is_nothing_else(tmp_path: Path, tools: Path) -> None:
+    """A rank that fails before it knows its job."""
+    ours = ranks_do(
+        tools, tmp_path, "printf 'x\\nerror: no module\\n  -> install it\\n' > $logs/rank-2.log",
+        'echo "srun: error: n1: tasks 2-3: Exited with exit code 2" >&2; exit 2',
+    )  # fmt: skip
+    script = prepared_script(tmp_path, ONE)
+    result = run_script(script, ours)
+    assert result.returncode == 2
+    said = "error: n1: tasks 2-3: Exited with exit code 2; the log of rank 2 ends with: no module\n"
+    assert said in result.stdout
+    assert (script.parent / "logs/attempt-1/error").read_text() == said
+    assert not (script.parent / "logs/attempt-1/.ballast").exists()
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 4 MB and 40 files; only root may make one."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=40", "tmpfs", str(folder)]
+    if subprocess.run(mount).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+FILL = {
+    "space": "head -c 8000000 /dev/zero > fill",
+    "inodes": "for n in {1..60}; do : > fill-$n; done",
+}
+
+
+@pytest.mark.parametrize("what", FILL)
+@pytest.mark.parametrize("ranks", [True, False], ids=["ranks", "before"])
+def test_a_full_disk_is_the_cause(
+    what: str, ranks: bool, full: Path, tmp_path: Path, tools: Path
+) -> None:
+    """Said where the script speaks, which lies on the same disk, and where status looks."""
+    fail = 'echo "srun: error: n1: task 0: Exited with exit code 1" >&2; exit 1'
+    ours = ranks_do(tools, tmp_path, f"{FILL[what]} 2> /dev/null", fail)
+    script = prepared_script(full, ONE)
+    if not ranks:
+        subprocess.run(["bash", "-c", FILL[what]], cwd=script.parent, stderr=subprocess.DEVNULL)
+    log = (script.parent if ranks else tmp_path) / "slurm-7.log"
+    with open(log, "w") as output:
+        environ = {"PATH": f"{ours}:/usr/bin:/bin", "SLURM_JOB_ID": "7",
+                   "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_ON_NODE": "4"}  # fmt: skip
+        done = subprocess.run(
+            ["bash", script], env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=60
+        )
+    assert done.returncode == 1
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    (error,) = errors
+    assert f"no {what} left on {script.parent}" in error
+    if ranks:
+        assert error in (script.parent / "logs/attempt-1/error").read_text()
+
+
+def test_a_full_disk_beside_what_the_ranks_have_said(
+    full: Path, tmp_path: Path, tools: Path
+) -> None:
+    ours = ranks_do(
+        tools, tmp_path, 'echo "node n1, rank 0: the loss is not finite" > $logs/first-error',
+        f"{FILL['space']} 2> /dev/null; exit 1",
+    )  # fmt: skip
+    script = prepared_script(full, ONE)
+    said = run_script(script, ours).stdout
+    expected = f"error: node n1, rank 0: the loss is not finite\nno space left on {script.parent}\n"
+    assert expected in said
 
 
 def test_the_hub_cache_is_found_in_a_container(tmp_path: Path) -> None:

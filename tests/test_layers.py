@@ -41,11 +41,13 @@ TABLE = {
         "workers",
         "launcher",
         "compiled",
+        "place",
         "plan",
         "start",
         "jobscript",
         "slurm",
         "follow",
+        "enqueue",
     },
     3: {
         "rendezvous",

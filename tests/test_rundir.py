@@ -62,7 +62,7 @@ def test_every_drawn_name_of_the_run_directory_is_given_out():
     run = RunDir("/r")
     given_out = [str(value) for value in vars(run).values()]
     given_out += [str(name(1)) for name in (run.owner, run.interrupted, run.written_model)]
-    given_out += [str(run.unloadable_mark(1, 200)), str(run.log(1, 0))]
+    given_out += [str(run.began(1)), str(run.unloadable_mark(1, 200)), str(run.log(1, 0))]
     given_out += [str(run.checkpoint(200)), str(run.stop_file(1))]
     drawn = rundir.__doc__.partition("RUN_DIR/")[2].partition("CACHE_DIR/")[0].splitlines()
     for line in drawn:

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import shutil
+import socket
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,8 @@ import pytest
 import yaml
 
 from sft_job import __version__, follow, slurm
-from sft_job.errors import SlurmError
+from sft_job import submit as submit_
+from sft_job.errors import RunDirError, SlurmError, SubmitError, UserError
 from sft_job.files import append_line
 from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig, Slurm
@@ -34,6 +40,9 @@ from tests.runs import (
 SINFO = "gpu*|up|1-00:00:00|4|gpu:a100:4(S:0-1)|ib,nvme\nbig|up|infinite|64|gpu:h100:8,nvme:1|ib\n"
 
 
+INVALID = "echo 'slurm_load_jobs error: Invalid job id specified'"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "model")
@@ -44,18 +53,31 @@ def tools(tmp_path: Path) -> Path:
     """A folder of Slurm commands that answer, and write down how they were called."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    make_tools(folder)
+    return folder
+
+
+def make_tools(folder: Path) -> None:
     tool(folder, "sinfo", f"cat <<'END'\n{SINFO}END")
     tool(folder, "squeue", "echo RUNNING")
     tool(folder, "sbatch", "echo 4711")
     tool(folder, "scancel", "")
     tool(folder, "sacctmgr", "exit 1")
-    return folder
+    tool(folder, "sacct", "exit 1")
+    tool(folder, "scontrol", f"{INVALID} >&2; exit 1")
 
 
 def tool(folder: Path, name: str, body: str) -> None:
     text = f"#!/bin/bash\nprintf '%s\\0' {name} \"$@\" >> {folder}/calls; echo >> {folder}/calls\n"
     (folder / name).write_text(text + body + "\n")
     (folder / name).chmod(0o755)
+
+
+def queue(folder: Path, **states: str) -> None:
+    """squeue with jobs j1, j2, ... in these states, and no others; as the real one answers."""
+    cases = [f"*--jobs={job[1:]}' '*) echo {state} ;;" for job, state in states.items()]
+    lines = ["*--user=*) ;;", *cases, f"*) {INVALID} >&2; exit 1 ;;"]
+    tool(folder, "squeue", 'case "$* " in\n' + "\n".join(lines) + "\nesac")
 
 
 def called(folder: Path, name: str) -> list[list[str]]:
@@ -233,27 +255,14 @@ def test_a_job_that_slurm_has_forgotten(tools: Path, monkeypatch: pytest.MonkeyP
     tool(tools, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert slurm.state("5") is None
     tool(tools, "squeue", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
+    tool(tools, "scontrol", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
     with pytest.raises(SlurmError, match="squeue refuses: slurm_load_jobs error: Unable"):
         slurm.state("5")
 
 
 def test_status_of_a_run_that_went_on(tmp_path: Path) -> None:
     """From the files alone."""
-    run = RunDir(tmp_path / "run")
-    for attempt in (1, 2):  # of ten minutes each, an hour apart
-        run.logs(attempt).mkdir(parents=True)
-        run.log(attempt, 0).touch()
-        os.utime(run.log(attempt, 0), (3600 * attempt + 600,) * 2)
-        append_line(run.attempts_file, json.dumps({"attempt": attempt, "began": 3600 * attempt}))
-        append_line(run.attempts_file, json.dumps({"attempt": attempt, "start": {"import": 1.0}}))
-    run.job_file.write_text("{}")
-    run.plan_file.write_text(json.dumps({"steps": 100}))
-    record = {"step": 40, "tokens_per_second": 1234.5, "seconds_per_step": 2.0, "loss": 1.25}
-    run.metrics_file.write_text(json.dumps(record) + '\n{"step": 41, "to')
-    run.interrupted(2).parent.mkdir(parents=True)
-    run.interrupted(2).write_text('{"message": "interrupted by the time limit after step 40"}')
-    run.checkpoint(40).mkdir(parents=True)
-    (run.checkpoint(40) / "manifest.json").write_text("{}")
+    run = a_run(tmp_path)
     said = sft_job("submit", "status", run.path).stdout.splitlines()
     assert said == [
         "state        INTERRUPTED",
@@ -265,6 +274,105 @@ def test_status_of_a_run_that_went_on(tmp_path: Path) -> None:
         "interrupted  interrupted by the time limit after step 40",
     ]
     assert sft_job("submit", "status", tmp_path).returncode == 2
+
+
+def a_run(folder: Path) -> RunDir:
+    """Of two attempts of ten minutes each, an hour apart; the second one was interrupted."""
+    run = RunDir(folder / "run")
+    for attempt in (1, 2):
+        run.logs(attempt).mkdir(parents=True)
+        run.log(attempt, 0).touch()
+        os.utime(run.log(attempt, 0), (3600 * attempt + 600,) * 2)
+        began = {"attempt": attempt, "began": 3600 * attempt, "resumed": 20 * (attempt - 1)}
+        file = run.attempt(attempt) / "attempts.jsonl"
+        file.parent.mkdir(parents=True)
+        append_line(file, json.dumps(began))
+        append_line(file, json.dumps({"attempt": attempt, "start": {"import": 1.0}}))
+    run.job_file.write_text("{}")
+    run.plan_file.write_text(json.dumps({"steps": 100}))
+    record = {"attempt": 2, "step": 40, "seconds": 1.0, "tokens_per_second": 1234.5,
+              "seconds_per_step": 2.0, "loss": 1.25}  # fmt: skip
+    old = record | {"attempt": 1, "step": 60}  # before the other attempt went on from step 20
+    (run.attempt(1) / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    (run.attempt(2) / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 41, "to')
+    run.interrupted(2).write_text('{"message": "interrupted by the time limit after step 40"}')
+    run.checkpoint(40).mkdir(parents=True)
+    (run.checkpoint(40) / "manifest.json").write_text("{}")
+    return run
+
+
+DAMAGE = [b"", b"null", b"[]", b"3", b'"x"', b"\xff\xfe{", b'{"a": ', b"{}", b"[" * 10**5]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plan.json", "job.json", "submissions.jsonl", "metrics.jsonl", "attempts.jsonl",
+     "attempts/2/metrics.jsonl", "attempts/2/attempts.jsonl", "attempts/2/interrupted",
+     "attempts/2/owner.json", "logs/attempt-2/error", "save_seconds"],
+)  # fmt: skip
+def test_status_of_damaged_files(
+    name: str, tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is said."""
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    run = a_run(tmp_path)
+    shapes = [b'{"job": 5, "step": "x", "began": "x", "steps": "x", "attempt": 2}\n',
+              b'{"job": "5", "step": 1, "seconds": 1, "attempt": 2, "loss": null}\n',
+              b'{"job": "/../1", "time": 1, "via": "x", "cluster": "local"}',
+              b'{"attempt": 2, "began": NaN}\n{"attempt": 2, "began": true}']  # fmt: skip
+    for content in (*DAMAGE, *shapes):
+        (run.path / name).write_bytes(content)
+        assert list(follow.status(run))[1].startswith("attempts     2"), content
+    (run.path / name).unlink()
+    (run.path / name).mkdir()
+    with suppress(RunDirError):  # in a sentence
+        assert follow.main(["status", str(run.path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("owner", "state"),
+    [
+        ({"host": socket.gethostname(), "pid": os.getpid()}, "RUNNING"),
+        ({"host": socket.gethostname(), "pid": 2**22 + 1}, "ENDED"),
+        ({"host": "elsewhere", "pid": os.getpid()}, "UNKNOWN"),
+    ],
+)  # fmt: skip
+def test_status_of_a_run_that_nobody_submitted(
+    owner: dict[str, Any], state: str, tmp_path: Path
+) -> None:
+    """`sft-job train` on a machine: whether it runs, or why it failed."""
+    run = a_run(tmp_path)
+    run.interrupted(2).unlink()
+    run.owner(2).write_text(json.dumps(owner | {"time": time.time()}))
+    expected = f"state        {state}, process {owner['pid']} on {owner['host']}"
+    assert next(iter(follow.status(run))) == expected
+    run.cause(2).write_text("error: the loss is not finite\nsecond line\n")
+    said = list(follow.status(run))
+    assert said[0].split(",")[0] == f"state        {'RUNNING' if state == 'RUNNING' else 'FAILED'}"
+    assert said[-2:] == ["failed       the loss is not finite", "             second line"]
+
+
+def test_a_run_that_nobody_submitted_is_cancelled(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    run.owner(2).write_text(json.dumps(owner))
+    assert follow.cancel(run) == 0
+    assert run.stop_file(2).exists()
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    """Said as what it is."""
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("gone", "gone: cannot be read: No such file or directory"),
+        ("file", "file: not a run directory, but a file"),
+        ("file/x", "Not a directory"),
+        ("", "no job in this folder"),
+        ("x" * 300, "File name too long"),
+    ):
+        for command_ in follow.COMMANDS:
+            with pytest.raises(RunDirError, match=said.replace("read", "(read|written)")):
+                follow.main([command_, str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(
@@ -312,6 +420,199 @@ def test_the_environment_of_a_job_is_left_behind() -> None:
     assert slurm.clean(kept | dropped) == kept
 
 
+def test_slurm_is_asked_without_the_filters_of_the_user(
+    tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that they leave out would look gone, and one that they confirm would stay."""
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    for name in ("squeue", "sinfo", "scontrol", "sacct", "scancel", "sbatch"):
+        tool(tools, name, f"env > {tools}/environ; echo RUNNING")
+    settings = {
+        "SQUEUE_USERS": "nobody", "SQUEUE_PARTITION": "x", "SQUEUE_STATES": "CD",
+        "SQUEUE_FORMAT": "%i", "SQUEUE_FORMAT2": "jobid", "SINFO_PARTITION": "x",
+        "SINFO_FORMAT": "%N", "SACCT_FORMAT": "jobid", "SCONTROL_FEDERATION": "1",
+        "SCANCEL_INTERACTIVE": "1", "SCANCEL_BATCH": "1", "SPRIO_FORMAT": "x",
+        "SLURM_TIME_FORMAT": "relative", "SLURM_BITSTR_LEN": "1", "SACCTMGR_X": "1",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for call in (lambda: slurm.state("5"), lambda: slurm.ask("sinfo"), lambda: slurm.ending("5"),
+                 lambda: slurm.ask("scancel", "5"), lambda: slurm.ask("sbatch")):  # fmt: skip
+        call()
+        names = {line.partition("=")[0] for line in (tools / "environ").read_text().splitlines()}
+        assert not names & settings.keys()
+
+
+UNKNOWN = f"{INVALID} >&2; exit 1"
+AWAY = "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "scontrol", "expected"),
+    [
+        ("echo RUNNING", "exit 1", "RUNNING"),
+        ("echo CLUSTER: alpha; echo PENDING", "exit 1", "PENDING"),
+        (UNKNOWN, "exit 1", None),
+        ("true", "echo 'JobId=5 JobName=x JobState=RUNNING Reason=None'", "RUNNING"),
+        ("true", "echo 'JobId=5 JobName=JobState=FAILED JobState=RUNNING Reason=None'", "RUNNING"),
+        ("true", UNKNOWN, None),
+        (AWAY, "echo JobState=COMPLETED X=1", "COMPLETED"),
+        ("echo use the portal; exit 1", UNKNOWN, None),
+        ("echo RUNNING SOON", "exit 1", "RUNNING"),
+        ("true", "true", "job 5 lives: squeue says '', and scontrol ''"),
+        ("true", AWAY, "Unable to contact"),
+        ("echo N/A", "echo ok", "squeue says 'N/A', and scontrol 'ok'"),
+        ("echo HIBERNATING", UNKNOWN, "Invalid job id"),
+        (AWAY, AWAY, "squeue refuses: slurm_load_jobs error: Unable to contact"),
+    ],
+)  # fmt: skip
+def test_no_answer_is_not_the_end_of_a_job(
+    squeue: str, scontrol: str, expected: str | None, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands are asked; only Slurm's own word that it has no such job is one."""
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tool(tools, "squeue", squeue)
+    tool(tools, "scontrol", scontrol)
+    if expected is not None and not expected.isupper():
+        with pytest.raises(SlurmError, match=re.escape(expected)):
+            slurm.state("5")
+    else:
+        assert slurm.state("5") == expected
+
+
+def test_a_slurm_that_does_not_answer_in_time(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.1)
+    monkeypatch.setitem(slurm.ask.__kwdefaults__, "timeout_s", 0.1)
+    tool(tools, "squeue", "exec sleep 60")
+    with pytest.raises(SlurmError, match="squeue does not answer within 0 s"):
+        slurm.state("5")
+    assert called(tools, "scontrol") == []
+
+
+@pytest.mark.parametrize("name", [None, "someone"])
+def test_the_user_is_who_runs_the_process(
+    name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever LOGNAME says; a number where there is no name."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "somebody-else")
+    number = 54321 if name is None else 0
+    monkeypatch.setattr(os, "getuid", lambda: number)
+    assert slurm.user() == ("54321" if name is None else pwd.getpwuid(0).pw_name)
+
+
+# --- what may not be read or written -------------------------------------------------------
+
+
+@contextmanager
+def nobody(number: int = 65534) -> Iterator[None]:
+    """As a user who owns nothing here, and who has no name if so asked; root is kept out of
+    nothing. Who runs the tests as somebody else is that already."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresgid(number, number, 0)
+    os.setresuid(number, number, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+
+
+@pytest.fixture
+def open_job(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A job and Slurm's tools where everybody may go, unlike the folders of tests; the package's
+    modules are imported, which may lie in a closed place themselves."""
+    folder = Path(tempfile.mkdtemp(prefix="sft-job-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    (folder / "bin").mkdir()
+    make_tools(folder / "bin")
+    shutil.copytree(model, folder / "model")
+    data = make_conversations(folder / "data.json", 16)
+    section = {"nodes": 1, "gpus_per_node": 4}
+    job = make_job(folder, folder / "model", data, slurm=section)
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    (folder / "open").mkdir()
+    assert submit_.main([str(job), "--dry-run"]) == 0
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777 if path.is_dir() or path.parent.name == "bin" else 0o644)
+    yield job
+    shutil.rmtree(folder)
+
+
+def test_a_user_without_a_name(open_job: Path) -> None:
+    """As in containers; the number stands for it."""
+    folder = open_job.parent
+    tool(folder / "bin", "sacctmgr", "echo 'proj|normal'")
+    with nobody(54321):
+        code = submit_.main([str(open_job), f"run.dir={folder}/open/run", "slurm.account=proj"])
+        assert code == 0
+        assert next(iter(follow.status(RunDir(folder / "open/run")))).startswith("state        RUN")
+        number = os.getuid()
+    if number == 54321:
+        assert "user=54321" in called(folder / "bin", "sacctmgr")[0]
+
+
+@pytest.mark.parametrize(
+    ("closed", "mode", "option", "said"),
+    [
+        ("closed", 0, "run.dir=closed/a/run", "run.dir: .*closed.*: Permission denied"),
+        ("closed", 0o555, "run.dir=closed/a/run", "closed: cannot be written to"),
+        ("open/run", 0o555, "run.dir=open/run", "open/run: cannot be written to"),
+        ("open/run", 0, "run.dir=open/run", "open/run: cannot be written to"),
+        ("open/run/job.json", 0, "run.dir=open/run", "job.json"),
+        ("open/run/submissions.jsonl", 0, "run.dir=open/run", "submissions.jsonl.*Permission"),
+        ("data.json", 0, "run.dir=open/run", "data.json: cannot be read by this user"),
+        ("model", 0, "run.dir=open/run", "model.*Permission denied"),
+        ("model/config.json", 0, "run.dir=open/run", "config.json.*Permission denied"),
+        ("model/model.safetensors", 0, "run.dir=open/run", "model.safetensors.*Permission"),
+        ("cache", 0, "data.cache_dir=cache", "cache: cannot be written to\n.*data.cache_dir"),
+        ("closed", 0, "container={type: apptainer, image: closed/x.sif}", "closed/x.sif"),
+    ],
+)  # fmt: skip
+def test_what_this_user_may_not_use(
+    closed: str, mode: int, option: str, said: str, open_job: Path
+) -> None:
+    """Place and reason, exit code 2, nothing in the queue."""
+    folder = open_job.parent
+    with nobody():
+        assert submit_.main([str(open_job), f"run.dir={folder}/open/run"]) == 0
+    tool(folder / "bin", "squeue", "echo COMPLETED")
+    path = folder / closed
+    if not path.exists():
+        path.mkdir()
+    if os.getuid() == 0:
+        os.chown(path, 0, 0)
+    path.chmod(mode)
+    with chdir(folder), nobody(), pytest.raises(UserError, match=said):
+        submit_.main([str(open_job), option])
+    path.chmod(0o755)
+    assert len(called(folder / "bin", "sbatch")) == 1
+
+
+@pytest.mark.parametrize(
+    ("closed", "mode", "command_"),
+    [("", 0, "status"), ("", 0, "logs"), ("", 0, "cancel"), ("", 0o555, "cancel"),
+     ("submissions.jsonl", 0, "status"), ("logs/attempt-2/error", 0, "status")],
+)  # fmt: skip
+def test_a_run_that_this_user_may_not_follow(
+    closed: str, mode: int, command_: str, open_job: Path
+) -> None:
+    run = a_run(open_job.parent)
+    run.cause(2).touch()
+    record = {"job": "1", "via": "sbatch", "cluster": "slurm", "time": 1.0}
+    run.submissions.write_text(json.dumps(record) + "\n")
+    (run.path / closed).chmod(mode)
+    with (
+        nobody(),
+        pytest.raises(RunDirError, match=f"{run.path}.*: cannot be (read|written): Perm"),
+    ):
+        follow.main([command_, str(run.path)])
+    (run.path / closed).chmod(0o755)
+
+
 # --- one job on one run directory ----------------------------------------------------------
 
 
@@ -349,6 +650,94 @@ def test_a_job_that_slurm_may_put_back(
     assert (f"job 4711 works on it: {state}" in again.stderr) == (code == 2)
 
 
+def test_a_job_of_which_nobody_knows_is_not_followed_by_another(job: Path, tools: Path) -> None:
+    """Refused, with the way out."""
+    assert submit(job, tools).returncode == 0
+    tool(tools, "squeue", "true")
+    tool(tools, "scontrol", "true")
+    again = submit(job, tools)
+    assert again.returncode == 2
+    assert "it is not known whether job 4711 lives" in again.stderr
+    run = RunDir(job.parent / "run")
+    assert f"take their lines out of {run.submissions}" not in again.stderr
+    assert f"if the jobs in {run.submissions} have ended, for sure, take their lines out" in (
+        again.stderr
+    )
+    assert len(called(tools, "sbatch")) == 1
+    run.submissions.write_text("")
+    assert submit(job, tools).returncode == 0
+
+
+def test_a_job_that_was_made_without_an_answer(job: Path, tools: Path) -> None:
+    """Slurm has it on this directory, which was never told of it."""
+    run = RunDir(job.parent / "run")
+    tool(tools, "sbatch", "echo 'sbatch: error: Socket timed out' >&2; exit 1")
+    assert submit(job, tools).returncode == 2
+    listed = f"echo '9|RUNNING|/elsewhere'; echo '10|PENDING|{run.path}'"
+    tool(tools, "squeue", f'[[ "$*" != *--user=* ]] || {{ {listed}; }}')
+    again = submit(job, tools)
+    assert f"{run.path}: job 10 works on it: PENDING" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "job_id"),
+    [("echo 4711", "4711"), ("echo 'Your project has 3 hours left'; echo 4711", "4711"),
+     ("echo 'Submitted as 4711 (see the portal)'", None), ("true", None)],
+)  # fmt: skip
+def test_what_sbatch_answers(
+    answer: str, job_id: str | None, tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tool(tools, "sbatch", answer)
+    if job_id is None:
+        with pytest.raises(SlurmError, match="sbatch does not say which job it has made"):
+            slurm.sbatch(RunDir(tmp_path), None)
+    else:
+        assert slurm.sbatch(RunDir(tmp_path), None) == (job_id, slurm.HERE)
+
+
+def test_a_job_on_another_cluster(job: Path, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for where it was submitted, whatever SLURM_CLUSTERS says today."""
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tool(tools, "sbatch", "echo '4711;alpha'")
+    assert submit_.main([str(job)]) == 0
+    tool(tools, "squeue", f"env > {tools}/environ; echo 'CLUSTER: alpha'; echo PENDING")
+    monkeypatch.setenv("SLURM_CLUSTERS", "beta")
+    run = RunDir(job.parent / "run")
+    assert next(iter(follow.status(run))) == "state        PENDING, job 4711 (sbatch)"
+    assert called(tools, "squeue")[-1][0] == "--clusters=alpha"
+    assert "SLURM_CLUSTERS" not in (tools / "environ").read_text()
+    assert follow.cancel(run) == 0
+    assert called(tools, "scancel") == [["--clusters=alpha", "4711"]]
+
+
+def test_a_job_that_cannot_be_written_down_is_not_left_in_the_queue(
+    job: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    run = RunDir(job.parent / "run")
+    file = run.submissions
+    tool(tools, "sbatch", f"rm {file}; mkdir {file}; echo 4711")
+    with pytest.raises(RunDirError, match=f"{file}: cannot be used: Is a directory"):
+        submit_.main([str(job)])
+    assert called(tools, "scancel") == [["4711"]]
+    with pytest.raises(RunDirError, match=f"{file}: cannot be used: Is a directory"):
+        submit_.main([str(job)])
+    assert len(called(tools, "sbatch")) == 1
+
+
+def test_another_job_is_refused_before_the_queue_is_looked_at(
+    job: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a dry run too."""
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tool(tools, "sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
+    with pytest.raises(SlurmError, match="Invalid account"):
+        submit_.main([str(job)])
+    with pytest.raises(SubmitError, match=r"train.learning_rate: 0.001 before, 0.1 now"):
+        submit_.main([str(job), "--dry-run", "train.learning_rate=0.1"])
+
+
 def chain(job: Path, tools: Path, *states: str) -> RunDir:
     """Jobs 1, 2, ... after one another, in these states."""
     for number in range(1, len(states) + 1):
@@ -357,8 +746,7 @@ def chain(job: Path, tools: Path, *states: str) -> RunDir:
         after = ["--after", str(number - 1)] if number > 1 else []
         result = submit(job, tools, *after)
         assert result.returncode == 0, result.stderr
-    answers = "; ".join(f"[[ $* != *--jobs={n}* ]] || echo {s}" for n, s in enumerate(states, 1))
-    tool(tools, "squeue", answers)
+    queue(tools, **{f"j{number}": state for number, state in enumerate(states, 1) if state})
     return RunDir(job.parent / "run")
 
 
@@ -375,7 +763,7 @@ def test_the_one_that_runs_of_two(job: Path, tools: Path) -> None:
     assert called(tools, "scancel") == [["2"]]
     assert run.stop_file(1).exists()
     assert run.cancelled.exists()
-    tool(tools, "squeue", "[[ $* != *--jobs=1* ]] || echo RUNNING")
+    queue(tools, j1="RUNNING")
     for options in ([], ["--after", "2"]):
         refused = submit(job, tools, *options)
         assert "job 1 works on it: RUNNING" in refused.stderr
@@ -394,13 +782,28 @@ def test_cancelled_while_slurm_may_put_it_back(job: Path, tools: Path) -> None:
 def test_status_without_an_answer_from_slurm(job: Path, tools: Path) -> None:
     """What the files say is said."""
     run = chain(job, tools, "RUNNING")
-    tool(tools, "squeue", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
+    for name in ("squeue", "scontrol"):
+        tool(tools, name, "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
     environ = {"PATH": f"{tools}:{os.environ['PATH']}"}
     result = sft_job("submit", "status", run.path, env=environ)
     assert result.returncode == 0
     first, second, *_ = result.stdout.splitlines()
     assert first.startswith("state        not known: squeue refuses: slurm_load_jobs error: ")
     assert second == "attempts     0"
+
+
+def test_cancelled_while_slurm_says_nothing(job: Path, tools: Path) -> None:
+    """The marks are left, which a job looks for whatever it does."""
+    run = chain(job, tools, "RUNNING")
+    run.attempt(1).mkdir(parents=True)
+    for name in ("squeue", "scontrol"):
+        tool(tools, name, AWAY)
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    said = sft_job("submit", "cancel", run.path, env=environ)
+    assert said.returncode == 0
+    assert "Slurm does not say what the job does: squeue refuses" in said.stdout
+    assert run.cancelled.exists()
+    assert run.stop_file(1).exists()
 
 
 def test_the_end_that_only_sacct_knows(job: Path, tools: Path) -> None:
@@ -477,6 +880,9 @@ def test_a_controller_that_is_away_for_a_while(
         *) touch {run.done}; echo COMPLETED ;;
         esac"""
     tool(tools, "squeue", answers)
+    tool(
+        tools, "scontrol", "echo 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1"
+    )
     assert follow.wait(run) == 0
     captured = capsys.readouterr()
     assert captured.err.count("Slurm is not heard: ") == 1
@@ -490,7 +896,8 @@ def test_a_controller_that_stays_away(
     monkeypatch.setattr(follow, "ASK_S", 0.01)
     monkeypatch.setattr(follow, "SILENT_S", 0.1)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    tool(tools, "squeue", "echo 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1")
+    for name in ("squeue", "scontrol"):
+        tool(tools, name, "echo 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1")
     with pytest.raises(SlurmError, match="Unable to contact controller"):
         follow.wait(RunDir(job.parent / "run"))
 
@@ -524,5 +931,5 @@ def test_submitit_on_this_machine(job: Path) -> None:
 
 def wait_for_steps(run: RunDir, step: int) -> None:
     while not (records := metrics(run)) or records[-1]["step"] < step:
-        assert follow.job_state(run) in follow.ALIVE
+        assert follow.job_state(run) in slurm.ALIVE
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The training processes of one machine: their place, their end, and whose error is shown."""
+"""The training processes of one machine: their start, their end, and whose error is shown."""
 
 import json
 import os
@@ -18,139 +18,14 @@ from sft_job.errors import (
     HardwareError,
     Interrupted,
     SftJobError,
-    SlurmError,
     TrainingError,
     UserError,
     WorkerError,
 )
 from sft_job.files import read_json
 from sft_job.launcher import Workers, report_failure
+from sft_job.place import find_place
 from sft_job.rundir import RunDir
-from sft_job.workers import Place, find_place
-
-# --- find_place ----------------------------------------------------------------------------
-
-OURS = Place(1, 1, 2, 2, "127.0.0.1", 29500)
-TORCHRUN = {
-    "RANK": "5",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "8",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "node1",
-    "MASTER_PORT": "29400",
-    "TORCHELASTIC_RUN_ID": "none",
-}
-BATCH_SHELL = {
-    "SLURM_JOB_ID": "41234567",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NTASKS": "8",
-    "SLURM_JOB_NODELIST": "node[1-2]",
-}
-STEP = BATCH_SHELL | {
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-    "SLURM_STEP_NODELIST": "node[1-2]",
-}
-
-
-@pytest.fixture
-def scontrol(tmp_path, monkeypatch) -> Path:
-    """A scontrol that writes down its arguments and answers with two hosts."""
-    script = tmp_path / "scontrol"
-    script.write_text(f"#!/bin/sh\necho \"$@\" > '{tmp_path}/asked'\necho node1; echo node2\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return tmp_path / "asked"
-
-
-def test_the_place_that_our_launcher_gives_is_found():
-    """What is written into the environment is what is read from it."""
-    assert find_place(OURS.environment()) == OURS
-
-
-def test_the_place_that_torchrun_gives_is_found():
-    """On the second node of two."""
-    assert find_place(TORCHRUN) == Place(5, 1, 8, 4, "node1", 29400)
-
-
-def test_without_local_world_size_all_ranks_are_here():
-    """Other launchers do not set it."""
-    environ = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_WORLD_SIZE"}
-    assert find_place(environ).local_world_size == 8
-
-
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_a_place_given_in_part_is_refused(name):
-    """The missing name is said; guessing would start a second world."""
-    environ = {key: value for key, value in TORCHRUN.items() if key != name}
-    expected = f"RANK and WORLD_SIZE are set, but not {name}\n  -> start with torchrun or srun"
-    with pytest.raises(WorkerError, match=expected):
-        find_place(environ)
-
-
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_a_rank_without_a_world_is_a_place_in_part(name):
-    """A worker that takes itself for the launcher would start workers of its own."""
-    environ = {key: value for key, value in TORCHRUN.items() if key != name}
-    with pytest.raises(WorkerError, match=name):
-        find_place(environ)
-
-
-def test_a_slurm_step_with_several_tasks_is_a_place(scontrol):
-    """One task per rank; rendezvous on the first node, at a port made from the job's number."""
-    assert find_place(STEP) == Place(5, 1, 8, 4, "node1", 20000 + 41234567 % 12768)
-    assert scontrol.read_text() == "show hostnames node[1-2]\n"
-
-
-def test_a_rendezvous_that_is_given_wins_in_a_slurm_step():
-    """A site may know better; then scontrol is not needed."""
-    environ = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
-    place = find_place(environ)
-    assert (place.master_addr, place.master_port) == ("10.0.0.1", 1234)
-
-
-@pytest.mark.parametrize("job", ["1", "19999", "20000", "99999999"])
-def test_the_port_of_a_slurm_step_is_one_that_users_may_bind(job):
-    """Above the system's ports and below the ephemeral ones, whatever the job's number."""
-    place = find_place(STEP | {"SLURM_JOB_ID": job, "MASTER_ADDR": "a"})
-    assert 20000 <= place.master_port < 40000
-
-
-def test_variables_of_our_own_win_over_those_of_slurm():
-    """torchrun inside a SLURM step, or our launcher inside one."""
-    assert find_place(STEP | TORCHRUN).master_addr == "node1"
-    assert find_place(STEP | OURS.environment()) == OURS
-
-
-def test_a_slurm_task_whose_container_hides_slurm_is_refused(monkeypatch):
-    """Else each of its tasks would start the whole job; outside of Slurm there is nothing to hide.
-    The processes themselves are looked at in tests/images/test_slurm.py."""
-    inside = {"APPTAINER_CONTAINER": "/images/sft_job.sif"}
-    monkeypatch.setattr(workers, "_under_slurm", lambda: True)
-    with pytest.raises(SlurmError, match="each task would take itself for the whole job"):
-        find_place(inside)
-    assert find_place(inside | {"SLURM_JOB_ID": "7"}) is None
-    monkeypatch.setattr(workers, "_under_slurm", lambda: False)
-    assert find_place(inside) is None
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {},
-        BATCH_SHELL,
-        BATCH_SHELL | {"SLURM_STEP_NUM_TASKS": "1"},
-        {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
-    ],
-    ids=["nothing", "batch shell", "step of one task", "rendezvous alone"],
-)
-def test_nobody_is_a_worker_without_a_place(environ):
-    """SLURM sets most of its variables for the batch script too, which is a launcher."""
-    assert find_place(environ) is None
-
 
 # --- report_failure and the choice of the first --------------------------------------------
 

@@ -21,11 +21,22 @@ from tests.runs import make_conversations, make_job, make_model, metrics, sft_jo
 PATIENCE_S = 900.0
 SLURM = {"nodes": 2, "gpus_per_node": 2, "time_min": 10, "grace_s": 15}
 
+# What a shell may have kept of other jobs and launchers, and what its user has set.
+HOSTILE = {
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_MIXED_PRECISION": "bf16", "PMI_SIZE": "1",
+    "SFT_JOB_ATTEMPT": "9", "CUDA_VISIBLE_DEVICES": "7", "SQUEUE_USERS": "nobody",
+    "SQUEUE_PARTITION": "x", "SQUEUE_STATES": "CD", "SQUEUE_FORMAT2": "jobid",
+    "SINFO_PARTITION": "x", "SINFO_FORMAT": "%N", "SCANCEL_INTERACTIVE": "1",
+    "SLURM_TIME_FORMAT": "relative", "SLURM_LABELIO": "1", "SLURM_STEP_NUM_TASKS": "1",
+    "SBATCH_TIMELIMIT": "1", "SRUN_CPUS_PER_TASK": "9",
+}  # fmt: skip
 
-def slurm(*command: str) -> str:
+
+def slurm(*command: str, env: dict[str, str] | None = None) -> str:
     """What a Slurm command prints."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=True
+        command, capture_output=True, text=True, timeout=60, check=True, env=env
     ).stdout.strip()
 
 
@@ -58,7 +69,7 @@ def wait_for_step(run: RunDir, step: int) -> None:
         if records and records[-1]["step"] >= step:
             return
         state = follow.job_state(run)
-        assert state in follow.ALIVE, f"{state}\n{output(run)}"
+        assert state in follow.slurm.ALIVE, f"{state}\n{output(run)}"
         time.sleep(0.2)
     raise AssertionError(f"step {step} did not come:\n{output(run)}")
 
@@ -78,8 +89,8 @@ def wait_for_end(run: RunDir) -> str:
         state = follow.job_state(run)
         last = follow.submissions(run)[-1]
         # The job of a lost node is in no queue for some seconds.
-        alive = follow.ALIVE | {"NODE_FAIL"}
-        if state not in alive and (follow.slurm.state(last["job"]) not in follow.ALIVE):
+        alive = follow.slurm.ALIVE | {"NODE_FAIL"}
+        if state not in alive and (follow.slurm.state(last["job"]) not in follow.slurm.ALIVE):
             return state
         time.sleep(0.2)
     raise AssertionError(f"still {state}:\n{output(run)}")

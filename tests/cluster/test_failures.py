@@ -11,7 +11,7 @@ import pytest
 from sft_job import follow
 from sft_job.rundir import RunDir
 from tests.cluster import jobs
-from tests.runs import ROOT, sft_job
+from tests.runs import ROOT, environment, sft_job
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,10 @@ def test_cancelled_with_a_checkpoint(job: Path) -> None:
     assert step >= 3
     status = sft_job("submit", "status", run.path).stdout
     assert "interrupted by cancelled by the user" in status
-    # By hand, as the script says.
-    by_hand = jobs.slurm("sbatch", "--parsable", f"--chdir={run.path}", str(run.script))
+    # By hand, as the script says; sbatch passes on all that the shell knows of others.
+    environ = environment() | jobs.HOSTILE | {"SBATCH_TIMELIMIT": "10"}
+    words = ["sbatch", "--parsable", f"--chdir={run.path}", str(run.script)]
+    by_hand = jobs.slurm(*words, env=environ)
     jobs.wait_for_words(run, "attempt 2, ")
     assert jobs.job_id(run) == by_hand
     jobs.wait_for_step(run, step + 1)

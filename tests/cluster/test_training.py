@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from sft_job import follow
 from sft_job.files import read_records
 from sft_job.rundir import RunDir
 from tests.cluster import jobs
-from tests.runs import run_job, sft_job
+from tests.runs import ROOT, run_job, sft_job
+from tests.test_place import at_a_terminal
 
 ENGINES = ["fsdp", "zero3"]
 WAYS = ["sbatch", "submitit"]
@@ -56,16 +60,30 @@ def expected(folder: Path, job: Path) -> dict[str, RunDir]:
 def test_equals_the_job_on_one_machine(
     folder: Path, job: Path, expected: dict[str, RunDir], engine: str, via: str
 ) -> None:
-    """Two nodes with two tasks each; waited for by the command itself."""
+    """Two nodes with two tasks each; waited for by the command itself, in a shell that knows much
+    of other jobs."""
     run = RunDir(folder / f"{engine}-{via}")
     options = (f"engine.type={engine}", f"run.dir={run.path}", "--via", via, "--wait")
-    result = sft_job("submit", job, *options)
+    result = sft_job("submit", job, *options, env=jobs.HOSTILE)
     assert result.returncode == 0, result.stdout + result.stderr + jobs.output(run)
     assert "state        DONE" in result.stdout
     jobs.assert_same_weights(run, expected[engine])
     logs = [run.log(1, rank).read_text() for rank in range(4)]
     assert not [log for log in logs if "Traceback" in log]
     assert jobs.last_attempt(run) == 1
+
+
+def test_the_shell_of_an_interactive_step(folder: Path, job: Path) -> None:
+    """`srun --pty bash` of several tasks, of which one has a shell: a launcher starts there."""
+    run = RunDir(folder / "interactive")
+    train = [sys.executable, "-m", "sft_job", "train", job, f"run.dir={run.path}",
+             "train.max_steps=2", "run.processes=2", "slurm=null"]  # fmt: skip
+    typed = f"cd {ROOT}; {shlex.join(map(str, train))}; echo code $((1 + $?)); exit\n"
+    srun = shutil.which("srun")
+    assert srun is not None
+    said = at_a_terminal(srun, "--ntasks=2", "--pty", "bash", "--norc", typed=typed)
+    assert "code 1" in said, said
+    assert run.done.exists()
 
 
 def out_of_time(run: RunDir, cluster: Path) -> None:
