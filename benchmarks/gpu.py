@@ -33,8 +33,8 @@ import yaml
 
 from sft_job import hardware
 from sft_job.attention import KERNELS
+from sft_job.facts import KNOWN_FACTS, ModelFacts
 from sft_job.hardware import Hardware
-from sft_job.prepared import KNOWN_FACTS, ModelFacts
 
 SHAPES = {
     "llama-2-7b": KNOWN_FACTS["meta-llama/Llama-2-7b-hf"],

@@ -10,6 +10,9 @@
               batching        which samples make a step, and who computes them
               hardware        what this machine has
               attention       the attention kernels and the choice among them
+              families        which models train here, and what keeps the others from it
+              modelfiles      a model's files as they are on disk, checked
+              facts           what config.json and the weights' headers say
               prepared        what is already on this machine for a job
               memory          bytes of a device at the peak of a step
               flops           operations of a step, and how long they take
@@ -26,7 +29,10 @@
               dataset         token cache, samples, a rank's share of each step
               varlen          attention over flattened samples
               loss            cross-entropy of supervised positions, never the full logits
-              model           finding, converting, building and filling the model
+              positions       rotary positions, scaled and compared with what the model computes
+              weights         the tensors of weight files, compared with what the model has
+              model           building the model, and its forward pass that returns a loss
+              source          finding a model, and converting it to one layout
               metrics         one record per logged step
               checkpoint      publishing, verifying and choosing checkpoints
     layer 4   fsdp            FSDP2: shard, save, load, gather

@@ -79,12 +79,15 @@ def encode_job(config: JobConfig) -> Prepared:
         os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU; else it warns
         from transformers.utils.logging import disable_progress_bar
 
-        from sft_job import dataset, model
+        from sft_job import dataset, source
         from sft_job.tokenizer import check_converted, load_tokenizer
 
         disable_progress_bar()  # one per tensor is noise
         cache = CacheDir(config.cache_dir)
-        folder = model.prepare_folder(config.model, cache, online=config.run.online)
+        notes: list[str] = []
+        folder = source.prepare_folder(
+            config.model, cache, online=config.run.online, trains=config, say=notes.append
+        )
         tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
         check_converted(folder, conversations)
         data_folder = dataset.build(config, tokenizer)
@@ -108,13 +111,13 @@ def show(config: JobConfig, which: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from sft_job import dataset, model
+    from sft_job import dataset, source
     from sft_job.tokenizer import load_tokenizer
 
     if not config.run.online:
         os.environ["HF_HUB_OFFLINE"] = "1"
     cache = CacheDir(config.cache_dir)
-    folder = model.prepare_folder(config.model, cache, online=config.run.online)
+    folder = source.prepare_folder(config.model, cache, online=config.run.online)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     encoder = dataset.encoder_of(config, tokenizer)
     console = Console(highlight=False)

@@ -19,10 +19,11 @@ from sft_job.attention import Choice, Package
 from sft_job.batching import Schedule, deal, idle_share
 from sft_job.config import load
 from sft_job.errors import HardwareError
+from sft_job.facts import ModelFacts
 from sft_job.flops import Work
 from sft_job.hardware import Hardware
 from sft_job.memory import BYTES, Memory
-from sft_job.prepared import DataStats, ModelFacts, Prepared, find_prepared, model_facts
+from sft_job.prepared import DataStats, Prepared, find_prepared, model_facts
 from sft_job.schema import JobConfig
 
 # Steps looked at for the predicted idle share; a longer run is sampled evenly.
@@ -63,6 +64,8 @@ class Plan:
     begin: str | None
     end: str | None
     seq_len: int
+    longest: int | None
+    """Tokens of the longest sample; None where nobody has looked yet."""
     batching: str
     global_batch_size: int
     steps: int | None
@@ -116,10 +119,11 @@ def resolve(
     Raises:
         HardwareError, ModelError: what the job asks for by name cannot be had.
     """
+    notes = choices.check_model(config, facts, stats) if facts else []
     precision = choices.precision(config, hardware)
     kernel = choices.attention(config, hardware, precision.value, facts, packages)
     loss = choices.cross_entropy(config, hardware, packages)
-    rope, factor = choices.rope(config, facts)
+    rope, factor = choices.rope(config, facts, stats)
     scale = facts.attention_scale if facts else 12.0 * 4096
     schedule = schedule_of(config, stats) if stats else None
     step = _step(config, schedule, stats)
@@ -163,9 +167,7 @@ def resolve(
         memory=found.memory if found else None,
         memory_room=room,
         remedy=fit.remedy(question, found, room, hardware),
-        **_found(stats),
-        seq_len=config.data.seq_len,
-        batching=config.data.batching,
+        **_data(config, stats),
         global_batch_size=config.train.global_batch_size,
         steps=steps,
         steps_per_epoch=schedule.steps_per_epoch if schedule else None,
@@ -185,16 +187,18 @@ def resolve(
         checkpoint_bytes=checkpoint_bytes,
         model_bytes=model_bytes,
         disk_bytes=_disk(config, steps, checkpoint_bytes, model_bytes),
-        notes=tuple(_notes(config, precision, schedule, idle)),
+        notes=(*notes, *_notes(config, precision, schedule, idle)),
     )
 
 
-def _found(stats: DataStats | None) -> dict[str, Any]:
-    """What encoding found."""
+def _data(config: JobConfig, stats: DataStats | None) -> dict[str, Any]:
+    """What is asked of the data, and what encoding found."""
     names = ("conversations", "samples", "supervised_tokens", "begin", "end")
     found = {name: getattr(stats, name) if stats else None for name in names}
     tokens = sum(stats.lengths) if stats and stats.lengths is not None else None
-    return found | {"tokens": tokens, "lost": dict(stats.lost) if stats else {}}
+    found |= {"tokens": tokens, "lost": dict(stats.lost) if stats else {}}
+    found |= {"seq_len": config.data.seq_len, "batching": config.data.batching}
+    return found | {"longest": choices.longest_sample(config, stats)}
 
 
 def _notes(

@@ -38,6 +38,7 @@ from sft_job.errors import (
     SubmitError,
     WorkerError,
 )
+from sft_job.modelfiles import weight_files
 from sft_job.plan import Plan, gib, plan_for
 from sft_job.prepared import (
     BUNDLED,
@@ -45,7 +46,6 @@ from sft_job.prepared import (
     hub_revision,
     hub_snapshot,
     model_facts,
-    weight_files,
 )
 from sft_job.rundir import RunDir, append_line, write_atomically
 from sft_job.schema import Apptainer, JobConfig

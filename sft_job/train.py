@@ -30,8 +30,9 @@ from sft_job.errors import (
     Interrupted,
     WorkerError,
 )
+from sft_job.facts import read_facts
 from sft_job.plan import Plan, plan_of, processes, show
-from sft_job.prepared import Prepared, find_prepared, read_facts
+from sft_job.prepared import Prepared, find_prepared
 from sft_job.rundir import RunDir, append_line, read_json, read_records, write_atomically
 from sft_job.schema import JobConfig
 from sft_job.workers import Phases, Place, Workers
