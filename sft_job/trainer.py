@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_job import checkpoint, fsdp, loss, selftest, zero3
+from sft_job import checkpoint, fsdp, loss, selftest, varlen, zero3
 from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
 from sft_job.dataset import StepBatch, Steps
@@ -420,6 +420,7 @@ class Steering(TrainerCallback):
             packs=KERNELS[kernel].packs,
             place=trainer._prepare_inputs,
             lengths=selftest.LENGTHS[args.device.type],
+            own_attention=lambda: varlen.own_attention(trainer.model),
         )
         trainer.started("self-test")
         trainer.meter.reset()  # the time so far belongs to no step
