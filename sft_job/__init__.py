@@ -33,6 +33,7 @@
               weights         the tensors of weight files, compared with what the model has
               model           building the model, and its forward pass that returns a loss
               source          finding a model, and converting it to one layout
+              settings        all of an exported model but its weights, written and rehearsed
               metrics         one record per logged step
               checkpoint      publishing, verifying and choosing checkpoints
     layer 4   fsdp            FSDP2: shard, save, load, gather

@@ -79,7 +79,7 @@ def encode_job(config: JobConfig) -> Prepared:
         os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU; else it warns
         from transformers.utils.logging import disable_progress_bar
 
-        from sft_job import dataset, source
+        from sft_job import dataset, settings, source
         from sft_job.tokenizer import check_converted, load_tokenizer
 
         disable_progress_bar()  # one per tensor is noise
@@ -90,8 +90,19 @@ def encode_job(config: JobConfig) -> Prepared:
         )
         tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
         check_converted(folder, conversations)
+        notes += settings.rehearse(
+            folder,
+            source.described(folder, config)[0],
+            tokenizer,
+            dataset.encoder_of(config, tokenizer),
+            trust_remote_code=config.model.trust_remote_code,
+        )
         data_folder = dataset.build(config, tokenizer)
-        stamp = {"model_folder": str(folder), "data_folder": str(data_folder)}
+        stamp = {
+            "model_folder": str(folder),
+            "data_folder": str(data_folder),
+            "notes": notes,
+        }
         write_atomically(cache.prepared(prepared_key(config)), json.dumps(stamp, indent=2) + "\n")
         ready = read_prepared(stamp)
     stats = ready.stats

@@ -421,7 +421,14 @@ def plan_of(
     prepared = find_prepared(config)
     facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
     world = world_size or processes(config, machine)
-    return resolve(config, machine, world, stats, facts, packages), prepared
+    plan = resolve(config, machine, world, stats, facts, packages)
+    return _with_notes(plan, prepared), prepared
+
+
+def _with_notes(plan: Plan, prepared: Prepared | None) -> Plan:
+    """What was found out while the model was prepared is said in every plan."""
+    found = prepared.notes if prepared else ()
+    return dataclasses.replace(plan, notes=(*found, *plan.notes))
 
 
 def plan_for(config: JobConfig, gpu: str, count: int, mfu: float | None) -> Plan:
@@ -430,7 +437,8 @@ def plan_for(config: JobConfig, gpu: str, count: int, mfu: float | None) -> Plan
     prepared = find_prepared(config)
     facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
     packages = attention.image_packages(machine)
-    return resolve(config, machine, count, stats, facts, packages, mfu)
+    plan = resolve(config, machine, count, stats, facts, packages, mfu)
+    return _with_notes(plan, prepared)
 
 
 def processes(config: JobConfig, machine: Hardware) -> int:

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sft_job.errors import ModelError
 from sft_job.facts import KNOWN_FACTS, ModelFacts, read_facts
@@ -20,7 +21,7 @@ from sft_job.rundir import CacheDir, read_json
 from sft_job.schema import JobConfig
 
 # Raised whenever encoding or conversion changes what it writes: older caches are made anew.
-PREPARED_VERSION = 2
+PREPARED_VERSION = 3
 
 # name -> (PyPI requirement, import name, file inside it)
 BUNDLED = {
@@ -55,11 +56,16 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `sft-job data encode` has made ready for a job: paths and statistics."""
+    """What `sft-job data encode` has made ready for a job: paths and statistics.
+
+    Args:
+        notes: what was mended or left out of the model, to be shown in every plan.
+    """
 
     model_folder: str
     data_folder: str
     stats: DataStats
+    notes: tuple[str, ...] = ()
 
 
 def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | None:
@@ -129,10 +135,11 @@ def find_prepared(config: JobConfig) -> Prepared | None:
     return read_prepared(stamp) if ready and Path(stamp["model_folder"]).is_dir() else None
 
 
-def read_prepared(stamp: Mapping[str, str]) -> Prepared:
+def read_prepared(stamp: Mapping[str, Any]) -> Prepared:
     """Read what a stamp of the cache (folders of model and data) points to."""
     stats = read_stats(Path(stamp["data_folder"]))
-    return Prepared(stamp["model_folder"], stamp["data_folder"], stats)
+    notes = tuple(stamp.get("notes", ()))
+    return Prepared(stamp["model_folder"], stamp["data_folder"], stats, notes)
 
 
 def read_stats(folder: Path) -> DataStats:

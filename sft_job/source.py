@@ -13,13 +13,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sft_job import choices, families, model, positions
 from sft_job import schema as job
 from sft_job.errors import ModelError
-from sft_job.facts import ModelFacts, read_config, read_facts
+from sft_job.facts import read_config, read_facts
 from sft_job.modelfiles import check_tokenizer_files, read_by_library
 from sft_job.prepared import BUNDLED, PREPARED_VERSION
 from sft_job.rundir import CacheDir, publish_dir
@@ -54,11 +55,11 @@ def prepare_folder(
     if source.path.startswith("bundled:"):
         return _bundled(source.path, cache)
     folder = Path(source.path) if Path(source.path).is_absolute() else _hub(source, online)
-    facts = read_facts(folder) if trains else None
-    if facts is not None and trains is not None:
+    if trains is not None:
+        facts = read_facts(folder)
         choices.check_model(trains, facts, None)
         check_tokenizer_files(folder, facts.vocabulary)
-    network = _network(folder, source, trains, facts)
+    network = _network(folder, source, trains)
     weights = _has_own_names(folder, network, say)
     tokenizer = (folder / "tokenizer.json").is_file()
     if not tokenizer and not (folder / "tokenizer.model").is_file():
@@ -92,9 +93,21 @@ def prepare_folder(
     return target
 
 
-def _network(
-    folder: Path, source: job.Model, trains: job.JobConfig | None, facts: ModelFacts | None
-) -> PreTrainedModel:
+def described(folder: Path, trains: job.JobConfig) -> tuple[Any, float | None]:
+    """The configuration of a folder's model as a job will train it, and the factor by which its
+    positions are scaled in it.
+
+    Raises:
+        ModelError: transformers cannot read it, or its positions cannot be scaled.
+    """
+    description = model.describe(folder, trust_remote_code=trains.model.trust_remote_code)
+    _, factor = choices.rope(trains, read_facts(folder))
+    if factor is not None:
+        positions.scale(description, factor)
+    return description, factor
+
+
+def _network(folder: Path, source: job.Model, trains: job.JobConfig | None) -> PreTrainedModel:
     """The model of a folder without weights; with a job, as that job will train it.
 
     Raises:
@@ -103,14 +116,13 @@ def _network(
     raw, trust = read_config(folder), source.trust_remote_code
     if raw.get("auto_map") and not trust and raw.get("model_type") not in families.KNOWN:
         raise choices.unasked_code(source)
-    description = model.describe(folder, trust_remote_code=trust)
-    factor = choices.rope(trains, facts)[1] if trains else None
-    if factor is not None:
-        positions.scale(description, factor)
+    if trains is None:
+        description = model.describe(folder, trust_remote_code=trust)
+        return model.empty(description, where=folder, trust_remote_code=trust)
+    description, factor = described(folder, trains)
     network = model.empty(description, where=folder, trust_remote_code=trust)
-    if trains:
-        model.parts(network)
-        positions.check(network, factor)
+    model.parts(network)
+    positions.check(network, factor)
     return network
 
 

@@ -50,6 +50,7 @@ TABLE = {
         "weights",
         "model",
         "source",
+        "settings",
         "metrics",
         "checkpoint",
     },
