@@ -179,10 +179,10 @@ def rope(
     native = facts.context
     if facts.rope is not None:
         return _existing_rope(config, facts, facts.rope, stats), None
-    if not facts.scalable and (isinstance(asked, LinearRope) or seq_len > native):
+    if facts.fixed_positions and (isinstance(asked, LinearRope) or seq_len > native):
         raise ModelError(
-            f"the positions of {facts.model_type} are learned, a vector for each of {native:,}: "
-            "they cannot be scaled",
+            f"the positions of {facts.model_type} {facts.fixed_positions}: its native context of "
+            f"{native:,} cannot be extended by model.rope",
             where=config.model.path,
             remedy=f"use model.rope=auto with data.seq_len <= {native}",
         )
@@ -231,6 +231,8 @@ def _existing_rope(
             remedy=f"use model.rope=auto with data.seq_len <= {scaled}, or an unscaled base model",
         )
     fixed = {"dynamic": native, "longrope": int(original or native)}.get(kind)
+    if existing.get("alpha"):
+        fixed = None  # HunYuan's "dynamic" has a base of its own, whatever the length
     alone = kind == "longrope" and (
         config.model.attention == "own" or own_code(config.model, facts)
     )

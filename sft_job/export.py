@@ -24,6 +24,7 @@ from sft_job import settings
 from sft_job.encode import Encoder
 from sft_job.errors import ExportError
 from sft_job.rundir import fsync_dir
+from sft_job.weights import persistent_buffers
 from sft_job.world import World
 
 SHARD_BYTES = 5 * 2**30
@@ -71,6 +72,9 @@ def write(
             writer.add(name, tensor)
     pause()
     if writer is not None:
+        for name, buffer in persistent_buffers(model):
+            kind = dtype if buffer.is_floating_point() else buffer.dtype
+            writer.add(name, buffer.to("cpu", kind, copy=True).contiguous())
         writer.close()
         settings.write(
             beside,

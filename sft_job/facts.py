@@ -43,7 +43,7 @@ class ModelFacts:
         built_in: transformers has a model of this type.
         window: tokens that every layer can look back; None without a limit.
         dropout: share of attention weights that the model drops in training.
-        scalable: its positions can be scaled (rotary ones can, learned ones cannot).
+        fixed_positions: why its positions cannot be scaled linearly; None where they can.
         obstacles: what keeps it from being trained, or packed; what nothing lifts is raised.
         notes: what is said about it in the plan.
     """
@@ -64,7 +64,7 @@ class ModelFacts:
     built_in: bool = True
     window: int | None = None
     dropout: float = 0.0
-    scalable: bool = True
+    fixed_positions: str | None = None
     obstacles: tuple[Obstacle, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -169,7 +169,7 @@ def read_facts(folder: Path) -> ModelFacts:
         built_in=name in families.KNOWN,
         window=families.window(read.config, layers),
         dropout=read.share("attention_dropout", "attention_probs_dropout_prob"),
-        scalable=name not in families.LEARNED_POSITIONS,
+        fixed_positions=families.FIXED_POSITIONS.get(name),
         obstacles=found,
         notes=_notes(config, plain=plain),
     )
@@ -228,11 +228,14 @@ class _Config:
             remedy="compare it with the file that was published with the model",
         )
 
+    def missing(self, key: str) -> ModelError:
+        return ModelError(
+            f"config.json has no {key}: not a decoder of the LLaMA kind", where=str(self.file)
+        )
+
     def has(self, key: str) -> None:
         if self.config.get(key) is None:
-            raise ModelError(
-                f"config.json has no {key}: not a decoder of the LLaMA kind", where=str(self.file)
-            )
+            raise self.missing(key)
 
     def text(self, key: str) -> str:
         self.has(key)
@@ -295,6 +298,10 @@ class _Config:
             theta = holder.get(name)
             if theta is not None and not (_number(theta) and theta > 0):
                 raise self.fault(name if name in self.config else key, "a rope_theta above 0")
+        if self.config.get("model_type") == "ministral3" and not _number(
+            (table or {}).get("llama_4_scaling_beta")
+        ):
+            raise self.fault(key, "llama_4_scaling_beta in it") if table else self.missing(key)
         kind = (table or {}).get("rope_type") or (table or {}).get("type")
         if not table or kind in (None, "default"):
             return None

@@ -34,7 +34,7 @@ class Obstacle:
 # Decoders whose attention is a kernel of ours and whose samples share a row.
 _PACKED = """
     apertus arcee biogpt cohere cohere2 cwm diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text
-    glm glm4 gpt_neox granite helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2
+    glm glm4 granite helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2
     llama ministral ministral3 mistral nanochat olmo olmo2 olmo3 opt persimmon phi3 qwen2 qwen3
     seed_oss smollm3 starcoder2 vaultgemma
 """
@@ -74,7 +74,7 @@ _NEVER = {
     "computes in a few bits while it is trained": "bitnet",
     "is not of the LLaMA kind": """
         bloom blt cohere_compass_text cpmant falcon_mamba gemma4_text gemma4_unified_text gpt-sw3
-        gpt2 gpt_bigcode gpt_neo hrm_text mamba mamba2 mpt openai-gpt rwkv xglm xlstm zamba
+        gpt2 gpt_bigcode gpt_neo gpt_neox hrm_text mamba mamba2 mpt openai-gpt rwkv xglm xlstm zamba
         zamba2""",
 }  # fmt: skip
 
@@ -123,8 +123,13 @@ LOGITS: dict[str, tuple[str, float | None]] = {
 }
 CAPPED = frozenset({"gemma2", "vaultgemma"})  # attn_logit_softcapping; others do not read it
 
-# Positions that are learned, one vector each: nothing in them can be scaled.
-LEARNED_POSITIONS = frozenset({"biogpt", "opt"})
+# Families whose positions cannot be scaled linearly, and why.
+_LEARNED = "are learned, one vector each"
+FIXED_POSITIONS = {
+    "biogpt": _LEARNED,
+    "opt": _LEARNED,
+    "phi3": "can be scaled by LongRoPE alone",
+}
 
 # One RoPE for each type of layer, under `rope_parameters`.
 NESTED_ROPE = frozenset({"gemma3_text", "olmo3"})

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from sft_job.errors import ModelError
 from sft_job.model import DTYPES, build, decoder_layers, make_trainable
 from sft_job.plan import Plan
-from sft_job.weights import WeightFiles, missing_names
+from sft_job.weights import WeightFiles, fill_buffers, missing_names
 from sft_job.world import World
 
 
@@ -86,6 +86,7 @@ def fill(model: PreTrainedModel, files: WeightFiles, world: World) -> None:
             local = _local(parameter)
             rows = _rows(parameter.shape[0], world)
             local.copy_(files.read(name, rows).reshape(local.shape))
+    fill_buffers(model, files)
     model.tie_weights()
 
 

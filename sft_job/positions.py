@@ -57,11 +57,14 @@ def check(model: nn.Module, factor: float | None) -> None:
     for table, layer, frequencies, strength in _computed(model):
         decided = factor is not None and layer in (None, FULL)
         kind = "linear" if decided else table.get("rope_type", "default")
-        if kind in ("default", "linear"):
+        # HunYuan's own: a base that is stretched once for all.
+        alpha = float(table.get("alpha") or 1.0) if kind == "dynamic" else 1.0
+        if kind in ("default", "linear") or alpha != 1:
             size = 2 * len(frequencies)
             steps = torch.arange(0, size, 2, dtype=torch.float64) / size
             divisor = factor if decided and factor is not None else table.get("factor", 1.0)
-            expected = table["rope_theta"] ** -steps / (divisor if kind == "linear" else 1.0)
+            base = table["rope_theta"] * alpha ** (size / max(size - 2, 1))
+            expected = base**-steps / (divisor if kind == "linear" else 1.0)
             expected_strength = 1.0
         else:
             options = {} if layer is None else {"layer_type": layer}

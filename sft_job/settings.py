@@ -14,7 +14,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def write(
     for key in dropped:
         vars(description).pop(key, None)
     description.save_pretrained(folder)
-    _rewrite(folder / "config.json", for_transformers_4)
+    rewrite(folder / "config.json", for_transformers_4)
     generation, notes = generation_settings(source)
     generation.eos_token_id = encoder.spec.end
     generation.bos_token_id = tokenizer.bos_token_id
@@ -81,11 +81,12 @@ def write(
     tokenizer.save_pretrained(folder)
     own_code = trust_remote_code and "auto_map" in read_object(folder / "tokenizer_config.json")
     if not own_code:
-        _rewrite(folder / "tokenizer_config.json", tokenizer_for_transformers_4)
+        rewrite(folder / "tokenizer_config.json", tokenizer_for_transformers_4)
     return notes
 
 
-def _rewrite(file: Path, change: Any) -> None:
+def rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the JSON object in a file."""
     content = change(read_object(file))
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
@@ -109,9 +110,10 @@ def for_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
         both["rope_local_base_freq"] = local.get("rope_theta")
     if share is not None:
         both["partial_rotary_factor"] = share
-    if config.get("model_type") == "gpt_neox":  # names of its own
-        both["rotary_emb_base"], both["rotary_pct"] = theta, share
     both["rope_scaling"] = _scaling(str(config.get("model_type")), table)
+    if table.get("rope_type") == "longrope":  # which transformers 4 looks for beside it
+        key = "original_max_position_embeddings"
+        both[key] = table.get(key, config.get(key))
     return both
 
 
@@ -122,11 +124,14 @@ def _scaling(model_type: str, table: Mapping[str, Any]) -> dict[str, Any] | None
     # In older files the kind was `type`, and some carry both.
     outside = ("rope_theta", "partial_rotary_factor", "type")
     scaling = {key: value for key, value in table.items() if key not in outside}
-    if model_type == "phi3":  # it takes exactly these, and knows nothing but LongRoPE
-        three = {"type": scaling["rope_type"]}
-        three |= {k: scaling[k] for k in ("short_factor", "long_factor") if k in scaling}
-        rest = scaling.keys() - three.keys() - {"rope_type", "original_max_position_embeddings"}
-        return scaling if rest else three
+    # These take the older name, and nothing beside what they know.
+    takes = {
+        ("phi3", "longrope"): ("short_factor", "long_factor"),
+        ("olmo", "linear"): ("factor",), ("olmo", "dynamic"): ("factor",),
+        ("olmo2", "linear"): ("factor",), ("olmo2", "dynamic"): ("factor",),
+    }.get((model_type, scaling["rope_type"]), ())  # fmt: skip
+    if takes and scaling.keys() - {"rope_type", "original_max_position_embeddings"} == set(takes):
+        return {"type": scaling["rope_type"], **{key: scaling[key] for key in takes}}
     return scaling
 
 
@@ -310,8 +315,7 @@ def _compare(
         generation = GenerationConfig.from_pretrained(folder)
         probe = "Hi there, 1. one\n2. two été 谢谢"
         pairs = {
-            "rope_parameters": (vars(loaded).get("rope_parameters"),
-                                vars(description).get("rope_parameters")),
+            "rope_parameters": (_rope(loaded), _rope(description)),
             "the end of a text": (generation.eos_token_id, encoder.spec.end),
             "the ids of a text": (read(probe).input_ids, tokenizer(probe).input_ids),
             "special tokens": (read.special_tokens_map, tokenizer.special_tokens_map),
@@ -325,3 +329,17 @@ def _compare(
                 where=str(source),
                 remedy="report this model",
             )
+
+
+def _rope(description: Any) -> dict[str, Any]:
+    """What is in the RoPE parameters, whatever the name of the kind: `type` of older files says
+    the same as `rope_type`."""
+    found = vars(description).get("rope_parameters") or {}
+
+    def bare(table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        return {key: bare(value) for key, value in table.items() if key != "type"}
+
+    kept: dict[str, Any] = bare(found)
+    return kept

@@ -29,6 +29,7 @@ from sft_job.weights import (
     COMPUTED,
     WeightFiles,
     missing_names,
+    persistent_buffers,
     refuse_surplus,
     surplus_remedy,
     untied_head,
@@ -237,12 +238,14 @@ def _convert_weights(
             where=str(source),
             remedy=surplus_remedy(strange),
         )
-    state = {name: p.detach().contiguous() for name, p in network.named_parameters()}
+    held = [*network.named_parameters(), *persistent_buffers(network)]
+    state = {name: tensor.detach().contiguous() for name, tensor in held}
     description = network.config
     if hasattr(description, "quantization_config"):  # the tensors are plain numbers from here on
         del description.quantization_config
     whole = model.empty(description, where=source, trust_remote_code=trust_remote_code)
-    if untied := sorted(state.keys() - dict(whole.named_parameters()).keys()):
+    own = {name for name, _ in (*whole.named_parameters(), *persistent_buffers(whole))}
+    if untied := sorted(state.keys() - own):
         raise untied_head(untied[0], source)
     whole.save_pretrained(target, state_dict=state)
     generation = source / "generation_config.json"

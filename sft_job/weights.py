@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def missing_names(model: nn.Module, files: WeightFiles) -> list[str]:
         for name, parameter in model.named_parameters()
         if files.shapes.get(name) != list(getattr(parameter, "ds_shape", parameter.shape))
     ]
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that belong into weight files, such as constants of an activation function."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def fill_buffers(model: nn.Module, files: WeightFiles) -> None:
+    """Give the buffers what the files hold of them; what they do not hold is as it was built."""
+    with torch.no_grad():
+        for name, buffer in persistent_buffers(model):
+            if name in files.shapes:
+                buffer.copy_(files.read(name).reshape(buffer.shape))
 
 
 def refuse_surplus(model: nn.Module, files: WeightFiles) -> list[str]:

@@ -24,7 +24,7 @@ from sft_job.loss import LossScale
 from sft_job.model import DTYPES, build, make_trainable
 from sft_job.plan import Plan
 from sft_job.schema import JobConfig, Zero3
-from sft_job.weights import WeightFiles, missing_names
+from sft_job.weights import WeightFiles, fill_buffers, missing_names
 from sft_job.world import World
 
 
@@ -154,6 +154,7 @@ def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.ds_tensor.copy_(_own_part(files, name, parameter, world))
+    fill_buffers(model, files)
     make_trainable(model, plan)
     return model
 

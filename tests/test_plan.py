@@ -259,10 +259,12 @@ def test_longrope_alone_is_what_the_model_computes(resolved):
 
 def test_learned_positions_cannot_be_scaled(resolved):
     """A vector for each position: the context is what it is."""
-    facts = dataclasses.replace(LLAMA, model_type="opt", context=2048, scalable=False)
+    facts = dataclasses.replace(LLAMA, model_type="opt", context=2048, fixed_positions="are x")
     assert resolved(facts=facts).rope.value == "none"
     for asked in (["data.seq_len=4096"], ["model.rope={type: linear, factor: 2}"]):
-        with pytest.raises(ModelError, match=r"are learned, .*\n.*auto with data.seq_len <= 2048"):
+        with pytest.raises(
+            ModelError, match=r"of opt are x: its.*\n.*auto with data.seq_len <= 2048"
+        ):
             resolved(*asked, facts=facts)
 
 
