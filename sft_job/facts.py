@@ -314,10 +314,23 @@ class _Config:
             several = isinstance(value, list) and all(map(_number, value)) and value
             if not (several if name.endswith("_factor") and kind == "longrope" else _number(value)):
                 raise self.fault(key, f"{name} in it for rope_type {kind}")
+        if kind == "longrope":
+            self._factors(key, table)
         original = self.config.get("original_max_position_embeddings")
         if original is not None and kind in ("longrope", "yarn", "llama3"):
             return {**table, "original_max_position_embeddings": original}
         return table
+
+    def _factors(self, key: str, table: Mapping[str, Any]) -> None:
+        """LongRoPE has a factor for each pair of rotated dimensions; one for all would fit too."""
+        heads = self.config.get("num_attention_heads") or 1
+        dim = self.config.get("head_dim") or self.config["hidden_size"] // heads
+        inner, outer = (place.get("partial_rotary_factor") for place in (table, self.config))
+        share = next((value for value in (inner, outer) if _number(value)), 1.0)
+        pairs = int(dim * share) // 2
+        for name in ROPE_KINDS["longrope"]:
+            if len(table[name]) != pairs:
+                raise self.fault(key, f"{pairs} numbers as {name}, a pair of dimensions each")
 
     def _rope_table(self, key: str) -> Mapping[str, Any] | None:
         value = self.config.get(key)

@@ -46,7 +46,7 @@ _OWN = {
     "has queries and values of different widths": "youtu",
     "attends through sinks, which no kernel here does": "granite_swa",
     "mixes neighbouring tokens in convolutions or recurrent layers, which samples of a row would "
-    "share": "bamba falcon_h1 lfm2 lfm3 olmo_hybrid qwen3_5_text",
+    "share": "bamba falcon_h1 lfm2 qwen3_5_text",
 }
 
 # What does not train here at all.
@@ -72,10 +72,11 @@ _NEVER = {
         "codegen ctrl gptj modernbert-decoder phi",
     "changes its logits before the loss": "gemma3n_text minicpm3 recurrent_gemma",
     "computes in a few bits while it is trained": "bitnet",
+    "mixes tokens in recurrent layers, and is not of the LLaMA kind":
+        "falcon_mamba lfm3 mamba mamba2 olmo_hybrid rwkv xlstm zamba zamba2",
     "is not of the LLaMA kind": """
-        bloom blt cohere_compass_text cpmant falcon_mamba gemma4_text gemma4_unified_text gpt-sw3
-        gpt2 gpt_bigcode gpt_neo gpt_neox hrm_text mamba mamba2 mpt openai-gpt rwkv xglm xlstm zamba
-        zamba2""",
+        bloom blt cohere_compass_text cpmant gemma4_text gemma4_unified_text gpt-sw3 gpt2
+        gpt_bigcode gpt_neo gpt_neox hrm_text mpt openai-gpt xglm""",
 }  # fmt: skip
 
 PACKED = frozenset(_PACKED.split())

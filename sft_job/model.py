@@ -76,7 +76,7 @@ def empty(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
         )
-        model.tie_weights()
+    model.tie_weights()  # not above: there every parameter that is set becomes a new one
     # Nothing is ever padded: every row of the table is trained, whatever config.json calls a pad.
     model.get_input_embeddings().padding_idx = None
     return model

@@ -30,6 +30,7 @@ from sft_job.weights import (
     WeightFiles,
     missing_names,
     persistent_buffers,
+    refuse_other_shapes,
     refuse_surplus,
     surplus_remedy,
     untied_head,
@@ -190,7 +191,7 @@ def _has_own_names(folder: Path, network: PreTrainedModel, say: Callable[[str], 
     """Whether the folder's safetensors hold exactly the model's parameters under their names.
 
     Raises:
-        ModelError: no weights at all, or more than the model has.
+        ModelError: no weights at all, of other shapes, or more than the model has.
     """
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("pytorch_model*.bin")):
@@ -201,6 +202,7 @@ def _has_own_names(folder: Path, network: PreTrainedModel, say: Callable[[str], 
             remedy="fetch the model again, weights included",
         )
     files = WeightFiles(folder)
+    refuse_other_shapes(network, files)
     if missing_names(network, files):
         return False
     for note in refuse_surplus(network, files):

@@ -100,6 +100,21 @@ def missing_names(model: nn.Module, files: WeightFiles) -> list[str]:
     ]
 
 
+def refuse_other_shapes(model: nn.Module, files: WeightFiles) -> None:
+    """
+    Raises:
+        ModelError: a tensor of the model's own name has another shape than config.json makes it.
+    """
+    for name, parameter in model.named_parameters():
+        found, made = files.shapes.get(name), list(parameter.shape)
+        if found is not None and found != made:
+            raise ModelError(
+                f"{name} is {found} in the weight files, and {made} by config.json",
+                where=str(files.folder),
+                remedy="take weights and config.json of one model",
+            )
+
+
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers that belong into weight files, such as constants of an activation function."""
     for prefix, module in model.named_modules():

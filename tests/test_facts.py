@@ -27,7 +27,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 OLD_LINEAR = {"type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32,
           "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
-LONG = {"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2, 4]}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.0, 1, 1], "long_factor": [2, 4, 4, 4]}
 
 
 def model_folder(folder: Path, **changes: Any) -> Path:
@@ -230,6 +230,7 @@ def test_a_number_that_cannot_be_is_named_with_its_key(
         ({"rope_scaling": {"type": "linear"}}, "expected factor in it for rope_type linear"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "expected factor in it"),
         ({"rope_scaling": {"type": "longrope", "short_factor": 1, "long_factor": [1]}}, "short_f"),
+        ({"rope_scaling": LONG | {"long_factor": [1]}}, "expected 4 numbers as long_factor, a pa"),
         ({"rope_theta": -1}, "rope_theta is -1, expected a rope_theta above 0"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "expected factor in it for rope_type yarn"),
     ],
