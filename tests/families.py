@@ -17,7 +17,7 @@ from typing import Any
 
 from sft_job import families
 
-TOGETHER = 5  # families that one process trains: it needs some seconds for its imports
+TOGETHER = 3  # families that one process trains: it needs some seconds for its imports
 VOCABULARY = 504
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,

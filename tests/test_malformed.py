@@ -144,9 +144,9 @@ DAMAGES: dict[str, tuple[Damage, str, bool]] = {
     "a number for a token": (change(SETTINGS, bos_token=3), "bos_token is 3", True),
     "a list for a token": (change(SETTINGS, pad_token=["<pad>"]), "pad_token is [", True),
     "no stop token": (change(SETTINGS, eos_token=None), "no end-of-sequence token", False),
-    "new special tokens": (
-        change(SETTINGS, eos_token="<1>", bos_token="<2>", pad_token="<3>", unk_token="<4>"),
-        "is no token of tokenizer.json; it would get the id 503, and vocab_size is 503",
+    "a new stop token": (
+        change(SETTINGS, eos_token="<new>", added_tokens_decoder={"502": {"content": "<x>"}}),
+        "eos_token '<new>' is no token of tokenizer.json; it would get the id 503",
         True,
     ),
     "class a number": (change(SETTINGS, tokenizer_class=5), "the tokenizer cannot be", False),
