@@ -43,7 +43,6 @@ _PACKED = """
 _OWN = {
     "has attention of its own, which no kernel here can replace": "falcon",
     "does not tell its attention where samples begin": "gpt_neox_japanese nemotron stablelm",
-    "has queries and values of different widths": "youtu",
     "attends through sinks, which no kernel here does": "granite_swa",
     "mixes neighbouring tokens in convolutions or recurrent layers, which samples of a row would "
     "share": "bamba falcon_h1 lfm2 qwen3_5_text",
@@ -76,7 +75,7 @@ _NEVER = {
         "falcon_mamba lfm3 mamba mamba2 olmo_hybrid rwkv xlstm zamba zamba2",
     "is not of the LLaMA kind": """
         bloom blt cohere_compass_text cpmant gemma4_text gemma4_unified_text gpt-sw3 gpt2
-        gpt_bigcode gpt_neo gpt_neox hrm_text mpt openai-gpt xglm""",
+        gpt_bigcode gpt_neo gpt_neox hrm_text mpt openai-gpt xglm youtu""",
 }  # fmt: skip
 
 PACKED = frozenset(_PACKED.split())

@@ -37,8 +37,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4,
                      "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     "vaultgemma": _UNCAPPED,
-    "youtu": {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-              "qk_nope_head_dim": 8, "num_key_value_heads": 4},
 }  # fmt: skip
 
 
@@ -48,7 +46,7 @@ def tiny(family: str, **changes: Any) -> Any:
 
     known = AutoConfig.for_model(family).to_dict()
     fitting = {key: value for key, value in SIZES.items() if key in known}
-    if family in ("youtu", "falcon"):  # derived there
+    if family == "falcon":  # derived there
         fitting.pop("head_dim", None)
     return AutoConfig.for_model(family, **(fitting | CHANGES.get(family, {}) | changes))
 
