@@ -15,6 +15,7 @@ import pytest
 from sft_job.errors import ModelError
 from sft_job.facts import ModelFacts, read_facts
 from sft_job.modelfiles import check_tokenizer_files, unreadable
+from tests.test_layers import BLOCK, python
 
 CONFIG_JSON = {
     "model_type": "llama",
@@ -448,3 +449,62 @@ def test_causes_are_told_apart(tmp_path: Path) -> None:
     file.write_text("x")
     assert "may not read it" in str(unreadable(file, PermissionError(13, "Permission denied")))
     assert "cannot be read: bad" in str(unreadable(file, ValueError("bad")))
+
+
+# --- on a login node -----------------------------------------------------------------------
+
+BOTH = """
+import sys
+from pathlib import Path
+from sft_job import plan, submit
+from sft_job.errors import SftJobError
+
+for main, words in ((plan.main, []), (submit.main, ["--dry-run"])):
+    try:
+        main([sys.argv[1], *words])
+    except SftJobError as error:
+        print(error.exit_code, str(error).replace(chr(10), " "))
+    else:
+        print("passed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [
+        ({}, {}, None),
+        ({"num_local_experts": 8}, {}, "is a mixture of experts"),
+        ({"eos_token_id": 32}, {}, "eos_token_id is 32"),
+        (
+            {"model_type": "mistral", "sliding_window": 16},
+            {"preprocess": "lazy"},
+            "look back 16 tokens only",
+        ),
+        ({"model_type": "gemma2", "final_logit_softcapping": None}, {}, "caps its attention sco"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2}}, {}, "expected a rope_type"),
+    ],
+)
+def test_plan_and_submit_refuse_without_torch(
+    changes: dict[str, Any], data: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    """Exit code 2, before anything is queued; `submit --dry-run` says so too."""
+    folder = model_folder(tmp_path / "m", num_attention_heads=1, **changes)
+    weights(folder / "model.safetensors", {"model.embed_tokens.weight": [32, 8]})
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    job = {
+        "model": {"path": str(folder)},
+        "data": {"train": [str(tmp_path / "data.json")], "seq_len": 64, **data},
+        "run": {"dir": str(tmp_path / "run")},
+        "slurm": {"gpus_per_node": 0},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    done = python(BLOCK + BOTH, str(tmp_path / "job.yaml"), cwd=tmp_path)
+    said = [line for line in done.stdout.splitlines() if line.startswith(("2 ", "passed"))]
+    if message is None:
+        assert said[0] == "passed", done.stdout + done.stderr
+        assert "model" not in said[1], said  # there is no cluster here
+        return
+    assert len(said) == 2, done.stdout + done.stderr
+    assert all(message in line and line.startswith("2 ") for line in said)
