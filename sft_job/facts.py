@@ -202,8 +202,9 @@ def unsupported(name: str, obstacle: Obstacle, file: Path | str) -> ModelError:
         if obstacle.own
         else "use a dense decoder of the LLaMA kind (Llama, Mistral, Qwen, Gemma, OLMo, ...)"
     )
-    key = "" if obstacle.key == "model_type" else f", {obstacle.key}"
-    return ModelError(f"{name} {obstacle.what} (model_type{key})", where=str(file), remedy=remedy)
+    named = obstacle.key == "model_type" or obstacle.key in obstacle.what
+    key = "" if named else f" ({obstacle.key})"
+    return ModelError(f"{name} {obstacle.what}{key}", where=str(file), remedy=remedy)
 
 
 class _Config:

@@ -327,7 +327,7 @@ def test_what_only_the_models_own_attention_does_is_refused_with_the_way_out(res
     """No kernel, named or chosen; model.attention=own trains it."""
     facts = dataclasses.replace(LLAMA, model_type="gemma2", obstacles=(CAPS,))
     for attention in ("auto", "sdpa"):
-        with pytest.raises(ModelError, match=r"gemma2 caps its attention scores \(model_type, "
+        with pytest.raises(ModelError, match=r"gemma2 caps its attention scores \("
                            r"attn_logit_softcapping\)\n  -> use model.attention=own"):  # fmt: skip
             resolved(f"model.attention={attention}", facts=facts)
     assert resolved("model.attention=own", facts=facts).attention.value == "own"

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from sft_job import model as models
 from sft_job import schema
+from sft_job.config import load
+from sft_job.data import encode_job
 from sft_job.errors import ModelError
 from sft_job.rundir import CacheDir
 from sft_job.source import prepare_folder
 from sft_job.weights import WeightFiles, fill_buffers, persistent_buffers
 from tests.families import tiny
-from tests.runs import make_model
+from tests.runs import make_conversations, make_job, make_model, on_ranks
 
 
 def edit(folder: Path, **tensors: torch.Tensor | None) -> None:
@@ -208,3 +210,32 @@ def test_constants_of_the_files_are_the_models(tmp_path: Path) -> None:
     fill_buffers(network, WeightFiles(tmp_path))
     assert float(network.get_buffer(names[0])) == 0.75
     assert torch.equal(network.get_buffer(names[1]), kept)
+
+
+def loads(world: Any, job: Path, engines: list[str]) -> list[str]:
+    """What each engine says while it loads the job's model on this rank."""
+    from tests.ranks import Setup
+
+    said = []
+    for engine in engines:
+        try:
+            Setup(world, job, f"engine.type={engine}")
+        except ModelError as error:
+            said.append(str(error))
+    return said
+
+
+def test_each_rank_looks_at_the_rows_that_it_reads(tmp_path: Path) -> None:
+    """Under both engines, on both of two ranks; no conversation is blamed for it at step 1."""
+    folder = make_model(tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = load_file(folder / "model.safetensors")[name]
+    tensor[0, 0] = tensor[-1, -1] = math.nan
+    edit(folder, **{name.replace(".", "__"): tensor})
+    job = make_job(tmp_path, folder, make_conversations(tmp_path / "data.json", 8))
+    encode_job(load(job, []))
+    for said in on_ranks(loads, 2, job, ["fsdp", "zero3"]):
+        assert len(said) == 2
+        assert all(
+            line.startswith(f"{folder}/model.safetensors: {name} holds NaN") for line in said
+        )
