@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sft_job import varlen
 from sft_job.attention import KERNELS
+from sft_job.model import empty
 from tests.runs import (
     make_conversations,
     make_job,
@@ -220,6 +221,17 @@ def test_code_that_is_needed_is_not_run_unasked(folder: Path, job: Path) -> None
         result = sft_job(*command, job, f"model.path={strange}")
         assert result.returncode == 2
         assert "the model brings its own Python code, which is not run unasked" in result.stderr
+
+
+def test_every_row_of_the_table_is_trained(tmp_path: Path) -> None:
+    """torch leaves the pad's row out, which in many models is that of the stop token."""
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=2
+    )
+    model = empty(config, where=tmp_path, trust_remote_code=False, meta=False)
+    torch.nn.init.ones_(model.get_input_embeddings().weight)
+    model.get_input_embeddings()(torch.tensor([2])).sum().backward()
+    assert float(model.get_input_embeddings().weight.grad[2].sum()) == 8
 
 
 @pytest.mark.parametrize("kernel", [name for name, row in KERNELS.items() if row.packs])
