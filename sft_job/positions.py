@@ -54,8 +54,10 @@ def check(model: nn.Module, factor: float | None) -> None:
     """
     description: Any = model.config
     scaled = False
-    for table, layer, frequencies, strength in _computed(model):
+    for module, table, layer, frequencies, strength in _computed(model):
         decided = factor is not None and layer in (None, FULL)
+        if not decided and not type(module).__module__.startswith("transformers."):
+            continue  # code of its own may rotate as it likes, as long as nothing is to be scaled
         kind = "linear" if decided else table.get("rope_type", "default")
         # HunYuan's own: a base that is stretched once for all.
         alpha = float(table.get("alpha") or 1.0) if kind == "dynamic" else 1.0
@@ -79,9 +81,11 @@ def check(model: nn.Module, factor: float | None) -> None:
         raise _without_effect(description)
 
 
-def _computed(model: nn.Module) -> Iterator[tuple[dict[str, Any], str | None, torch.Tensor, float]]:
-    """RoPE parameters, layer type, inverse frequencies and factor of the cosines of every rotary
-    embedding that is one of transformers'."""
+def _computed(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module, dict[str, Any], str | None, torch.Tensor, float]]:
+    """Every rotary embedding: its RoPE parameters, layer type, inverse frequencies, and the factor
+    of its cosines."""
     for module in model.modules():
         table = vars(vars(module).get("config") or object).get("rope_parameters")
         if not isinstance(table, dict):
@@ -92,7 +96,9 @@ def _computed(model: nn.Module) -> Iterator[tuple[dict[str, Any], str | None, to
             layer = name.removesuffix("inv_freq").removesuffix("_") or None
             prefix = f"{layer}_" if layer else ""
             strength = float(vars(module).get(f"{prefix}attention_scaling", 1.0))
-            yield table[layer] if layer else table, layer, frequencies, strength
+            own = table.get(layer, table) if layer else table
+            if isinstance(own, dict) and "rope_theta" in own:
+                yield module, own, layer, frequencies, strength
 
 
 def _differs(

@@ -32,6 +32,7 @@ from sft_job.weights import (
     persistent_buffers,
     refuse_other_shapes,
     refuse_surplus,
+    refuse_unfit,
     surplus_remedy,
     untied_head,
 )
@@ -242,6 +243,8 @@ def _convert_weights(
         )
     held = [*network.named_parameters(), *persistent_buffers(network)]
     state = {name: tensor.detach().contiguous() for name, tensor in held}
+    for name, tensor in state.items():
+        refuse_unfit(name, tensor, source)
     description = network.config
     if hasattr(description, "quantization_config"):  # the tensors are plain numbers from here on
         del description.quantization_config

@@ -57,27 +57,8 @@ class WeightFiles:
         handle = self._files[self._paths[name]]
         part: torch.Tensor
         part = handle.get_slice(name)[rows] if self.shapes[name] else handle.get_tensor(name)
-        if part.is_floating_point() and part.numel():
-            # One pass without a temporary; a NaN comes out at both ends.
-            ends = [float(end) for end in torch.aminmax(part)]
-            if not all(abs(end) <= self.largest and math.isfinite(end) for end in ends):
-                raise self._unfit(name, ends)
+        refuse_unfit(name, part, self._paths[name], self.largest)
         return part
-
-    def _unfit(self, name: str, ends: list[float]) -> ModelError:
-        where = str(self._paths[name])
-        if all(map(math.isfinite, ends)):
-            return ModelError(
-                f"{name} holds {max(ends, key=abs):g}, and the computation goes to "
-                f"{self.largest:g} only",
-                where=where,
-                remedy="use train.precision=fp32, or bf16 on hardware that computes in it",
-            )
-        return ModelError(
-            f"{name} holds {'NaN' if any(map(math.isnan, ends)) else 'infinity'}",
-            where=where,
-            remedy="the file is damaged, or comes from a training that went wrong: fetch it again",
-        )
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; read in parts."""
@@ -89,6 +70,34 @@ class WeightFiles:
             torch.equal(*(self.read(name, slice(row, row + step)) for name in (one, other)))
             for row in range(0, shape[0], step)
         )
+
+
+def refuse_unfit(name: str, part: torch.Tensor, file: Path, largest: float = math.inf) -> None:
+    """
+    Args:
+        file: where the numbers come from.
+        largest: above this, in absolute value, a number does not fit the computation.
+
+    Raises:
+        ModelError: a number that nothing can be computed with.
+    """
+    if not part.is_floating_point() or not part.numel():
+        return
+    # One pass without a temporary; a NaN comes out at both ends.
+    ends = [float(end) for end in torch.aminmax(part)]
+    if all(abs(end) <= largest and math.isfinite(end) for end in ends):
+        return
+    if all(map(math.isfinite, ends)):
+        raise ModelError(
+            f"{name} holds {max(ends, key=abs):g}, and the computation goes to {largest:g} only",
+            where=str(file),
+            remedy="use train.precision=fp32, or bf16 on hardware that computes in it",
+        )
+    raise ModelError(
+        f"{name} holds {'NaN' if any(map(math.isnan, ends)) else 'infinity'}",
+        where=str(file),
+        remedy="the file is damaged, or comes from a training that went wrong: fetch it again",
+    )
 
 
 def missing_names(model: nn.Module, files: WeightFiles) -> list[str]:

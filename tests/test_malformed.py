@@ -220,3 +220,14 @@ def test_a_damaged_model_is_one_message(name: str, whole: Path, tmp_path: Path) 
 def test_the_undamaged_model_is_none(whole: Path, tmp_path: Path) -> None:
     """The messages above are of the damage."""
     encode_job(load(make_job(tmp_path, whole / "model", whole / "data.json"), []))
+
+
+def test_what_was_mended_is_in_every_plan(whole: Path, tmp_path: Path) -> None:
+    """Said where the job is shown, not only once while the data is encoded."""
+    model = Path(shutil.copytree(whole / "model", tmp_path / "model"))
+    (model / "generation_config.json").write_text('{"temperature": 0.5}')
+    config = load(make_job(tmp_path, model, whole / "data.json"), [])
+    encode_job(config)
+    said = [note for note in plan_of(config, 1)[0].notes if "generation_config.json" in note]
+    assert len(said) == 1
+    assert "do_sample is set to true" in said[0]

@@ -119,7 +119,9 @@ def test_old_formats_are_held_to_the_same(tmp_path: Path) -> None:
     pickled = folder / "pytorch_model.bin"
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
     head = {"lm_head.weight": state["model.embed_tokens.weight"] + 1}
+    nan = {"model.norm.weight": torch.full((64,), math.nan)}
     for changed, message in (
+        (state | nan, "model.norm.weight holds NaN"),
         (state | bias, "are none of the model's, such as model.layers.0.self_attn.q_proj.bias"),
         (state | head, "lm_head.weight in the weight files differs from the embedding table"),
         ({k: v for k, v in state.items() if "norm.weight" not in k}, "are not complete, missing"),
