@@ -66,6 +66,8 @@ class Plan:
     seq_len: int
     longest: int | None
     """Tokens of the longest sample; None where nobody has looked yet."""
+    window: int | None
+    """Tokens that every layer looks back; None without a limit."""
     batching: str
     global_batch_size: int
     steps: int | None
@@ -168,6 +170,7 @@ def resolve(
         memory_room=room,
         remedy=fit.remedy(question, found, room, hardware),
         **_data(config, stats),
+        window=facts.window if facts else None,
         global_batch_size=config.train.global_batch_size,
         steps=steps,
         steps_per_epoch=schedule.steps_per_epoch if schedule else None,

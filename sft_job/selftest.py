@@ -33,6 +33,15 @@ ROUNDING = {"fp32": 1e-5, "bf16": 2**-7, "fp16": 2**-10}
 LENGTHS = {"cuda": (37, 150, 21), "cpu": (9, 22, 5)}
 OWN = "use model.attention=own: one sample per forward pass"
 
+
+def lengths(device: str, window: int | None) -> tuple[int, int, int]:
+    """Tokens of the samples on a device (cuda, cpu): the first two together within the window."""
+    first, second, behind = LENGTHS[device]
+    if window is None or first + second <= window:
+        return first, second, behind
+    return max(window // 4, 2), max(window - window // 4, 3), behind
+
+
 Call = Callable[..., dict[str, torch.Tensor]]
 
 
@@ -80,7 +89,7 @@ def run(
         kernel: name of the attention kernel, for messages.
         packs: the kernel keeps samples of one row apart.
         place: moves a batch to the device.
-        lengths: of that device (`LENGTHS`).
+        lengths: as from `lengths`.
         own_attention: in it the model computes with its own attention.
 
     Raises:

@@ -419,7 +419,7 @@ class Steering(TrainerCallback):
             kernel=kernel,
             packs=KERNELS[kernel].packs,
             place=trainer._prepare_inputs,
-            lengths=selftest.LENGTHS[args.device.type],
+            lengths=selftest.lengths(args.device.type, trainer.plan.window),
             own_attention=lambda: varlen.own_attention(trainer.model),
         )
         trainer.started("self-test")

@@ -53,7 +53,7 @@ def build(plan: Plan, precision: str = "fp32", family: str = "llama", **config: 
     return model
 
 
-def run(model: Any, precision: str = "fp32") -> None:
+def run(model: Any, precision: str = "fp32", window: int | None = None) -> None:
     selftest.run(
         model,
         vocabulary=VOCABULARY,
@@ -61,7 +61,7 @@ def run(model: Any, precision: str = "fp32") -> None:
         kernel="sdpa",
         packs=True,
         place=lambda batch: batch,
-        lengths=selftest.LENGTHS["cpu"],
+        lengths=selftest.lengths("cpu", window),
         own_attention=lambda: varlen.own_attention(model),
     )
 
@@ -155,6 +155,20 @@ def test_logits_that_are_capped(plan: Plan) -> None:
 
 
 # --- what is looked for at the first tokens, and what is not ---------------------------------
+
+
+@pytest.mark.parametrize("window", [8, 15, 31, 4096])
+def test_a_window_that_no_sample_reaches_is_no_fault(plan: Plan, window: int) -> None:
+    """The samples of the test are not longer than those of the job may be."""
+    short = dataclasses.replace(plan, longest=window)
+    run(build(short, family="mistral", sliding_window=window), window=window)
+
+
+def test_a_window_shorter_than_a_later_sample_is_found(plan: Plan) -> None:
+    """Before the first step, whatever comes in it."""
+    later = dataclasses.replace(plan, longest=200)
+    with pytest.raises(ModelError, match=r"window of 128 tokens.*the longest sample has 200"):
+        run(build(later, family="mistral", sliding_window=128))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
