@@ -54,10 +54,10 @@ from sft_job.attention import Choice
 from sft_job.batching import deal
 from sft_job.dataset import collate
 from sft_job.encode import Sample
+from sft_job.facts import KNOWN_FACTS, ModelFacts
 from sft_job.hardware import Hardware
 from sft_job.model import build, make_trainable
 from sft_job.plan import Plan, resolve
-from sft_job.prepared import KNOWN_FACTS, ModelFacts
 from sft_job.schema import JobConfig
 
 MODEL = "meta-llama/Llama-2-7b-hf"

@@ -34,14 +34,14 @@ import yaml
 
 from sft_job import hardware
 from sft_job.attention import KERNELS
+from sft_job.facts import KNOWN_FACTS, ModelFacts
 from sft_job.files import write_atomically
 from sft_job.hardware import Hardware
 from sft_job.launcher import GRACE_S, POLL_S, die_with_parent
-from sft_job.prepared import KNOWN_FACTS, ModelFacts
+from sft_job.place import find_place
 from sft_job.workers import (
     LAUNCHED,
     Place,
-    find_place,
     own_environment,
     say_warnings_once,
     training_environment,

@@ -18,6 +18,9 @@
               batching        which samples make a step, and who computes them
               hardware        what this machine has
               attention       the attention kernels and the choice among them
+              families        which models train here, and what keeps the others from it
+              modelfiles      a model's files as they are on disk, checked
+              facts           what config.json and the weights' headers say
               prepared        what is already on this machine for a job
               result          the model of a finished run: whether it is there as written
               identity        what a run is made of, by content
@@ -46,7 +49,11 @@
               dataset         token cache, samples, a rank's share of each step
               varlen          attention over flattened samples
               loss            cross-entropy of supervised positions, never the full logits
-              model           finding, converting, building and filling the model
+              positions       rotary positions, scaled and compared with what the model computes
+              weights         the tensors of weight files, compared with what the model has
+              model           building the model, and its forward pass that returns a loss
+              source          finding a model, and converting it to one layout
+              settings        all of an exported model but its weights, written and rehearsed
               metrics         one record per logged step
               checkpoint      publishing, verifying and choosing checkpoints
     layer 4   fsdp            FSDP2: shard, save, load, gather

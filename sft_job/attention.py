@@ -35,11 +35,12 @@ class Package:
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention shape of a model."""
+    """The attention shape of a model, and the share of attention weights that it drops."""
 
     dim: int
     query: int
     key: int
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Kernel:
         distribution, module, minimum: the Python package that it comes in, and from which
             version on; None for what is a part of torch from the first supported version on.
         packs: several samples share one row and never see each other.
+        drops: it can drop attention weights in training.
         shares_keys: grouped-query attention reads one key for several queries; otherwise keys
             and values are repeated before the call.
     """
@@ -69,6 +71,7 @@ class Kernel:
     module: str | None = None
     minimum: str | None = None
     packs: bool = True
+    drops: bool = True
     shares_keys: bool = True
 
 
@@ -91,6 +94,7 @@ KERNELS = {
             distribution="flash-attn-3",
             module="flash_attn_interface",
             minimum="3.0",
+            drops=False,
         ),
         Kernel(
             "flash_attention_2",
@@ -114,6 +118,7 @@ KERNELS = {
             multiple=8,
             distribution="torch",
             minimum="2.10",
+            drops=False,
         ),
         Kernel(
             "xformers",
@@ -314,6 +319,8 @@ def _obstacle(
             f"the model's head dimension is {heads.dim}, and it takes multiples of "
             f"{kernel.multiple} up to {kernel.head_dim}"
         )
+    if heads is not None and heads.dropout and not kernel.drops:
+        return f"the model drops attention weights ({heads.dropout:g}), which it cannot do"
     if kernel.distribution is None:
         return None
     package = packages.get(kernel.distribution)

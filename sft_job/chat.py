@@ -132,7 +132,9 @@ def find_model(name: str, cache_dir: Path, *, online: bool) -> Path:
                 )
             return run_dir.model
         path = path.absolute()
-    from sft_job.model import prepare_folder
+    elif name[:1] in "./~":
+        raise ModelError("no such folder", where=name, remedy="give a run directory or a model")
+    from sft_job.source import prepare_folder
 
     source = Model(path=str(path) if path.is_dir() else name)
     return prepare_folder(source, CacheDir(cache_dir.absolute()), online=online)

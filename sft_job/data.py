@@ -92,16 +92,26 @@ def encode_job(config: JobConfig) -> Prepared:
         os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU; else it warns
         from transformers.utils.logging import disable_progress_bar
 
-        from sft_job import dataset, model
+        from sft_job import dataset, settings, source
         from sft_job.tokenizer import check_converted, load_tokenizer
 
         disable_progress_bar()  # one per tensor is noise
         cache = CacheDir(config.cache_dir)
-        folder = model.prepare_folder(config.model, cache, online=config.run.online)
+        notes: list[str] = []
+        folder = source.prepare_folder(
+            config.model, cache, online=config.run.online, trains=config, say=notes.append
+        )
         tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
         check_converted(folder, conversations)
+        notes += settings.rehearse(
+            folder,
+            source.described(folder, config)[0],
+            tokenizer,
+            dataset.encoder_of(config, tokenizer),
+            trust_remote_code=config.model.trust_remote_code,
+        )
         data_folder = dataset.build(config, tokenizer)
-        ready = write_stamp(config, folder, data_folder, [])
+        ready = write_stamp(config, folder, data_folder, notes)
     stats = ready.stats
     tokens = f", {sum(stats.lengths):,} tokens" if stats.lengths is not None else ""
     print(f"{stats.conversations:,} conversations -> {stats.samples:,} samples{tokens}")
@@ -120,13 +130,13 @@ def show(config: JobConfig, which: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from sft_job import dataset, model
+    from sft_job import dataset, source
     from sft_job.tokenizer import load_tokenizer
 
     if not config.run.online:
         os.environ["HF_HUB_OFFLINE"] = "1"
     cache = CacheDir(config.cache_dir)
-    folder = model.prepare_folder(config.model, cache, online=config.run.online)
+    folder = source.prepare_folder(config.model, cache, online=config.run.online)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     encoder = dataset.encoder_of(config, tokenizer)
     console = Console(highlight=False)

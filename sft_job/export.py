@@ -2,9 +2,7 @@
 
     RUN_DIR/model/
       model-00001-of-0000N.safetensors, model.safetensors.index.json
-      config.json                use_cache true, RoPE scaling carried
-      generation_config.json     ends at the token that was trained as the end
-      tokenizer.json, ...        chat template equal to the training template
+      config.json, generation_config.json, tokenizer.json, ...        see settings.py
 
 Parameters come one at a time from all ranks (`full_parameters`); the main rank writes.
 """
@@ -14,23 +12,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sft_job import checkpoint, result
+from sft_job import checkpoint, result, settings
 from sft_job.attempt import Attempt
-from sft_job.conversations import Exchange
 from sft_job.encode import Encoder
 from sft_job.errors import ExportError
 from sft_job.files import discard, settle
 from sft_job.rundir import RunDir
+from sft_job.weights import persistent_buffers
 from sft_job.world import World
 
 SHARD_BYTES = 5 * 2**30
@@ -93,11 +90,21 @@ def write(
     def finish() -> Any:
         assert writer is not None
         with _room(run_dir, needed_bytes):
+            for name, buffer in persistent_buffers(model):
+                kind = dtype if buffer.is_floating_point() else buffer.dtype
+                writer.add(name, buffer.to("cpu", kind, copy=True).contiguous())
             writer.close()
-            _write_settings(beside, source, model, tokenizer, encoder, dtype)
-            if trust_remote_code:  # config.json names the model's own code
-                for file in source.glob("*.py"):
-                    shutil.copyfile(file, beside / file.name)
+            settings.write(
+                beside,
+                source,
+                model.config,
+                tokenizer,
+                encoder,
+                dtype,
+                # FSDP2 has made a class of its own from the model's.
+                architecture=type(model).__name__.removeprefix("FSDP"),
+                trust_remote_code=trust_remote_code,
+            )
             _verify(beside, digests, tokenizer, encoder, trust_remote_code)
             settle(beside)
             return result.publish_model(attempt, beside)
@@ -164,76 +171,6 @@ class _ShardWriter:
 
 def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _write_settings(
-    folder: Path,
-    source: Path,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    encoder: Encoder,
-    dtype: torch.dtype,
-) -> None:
-    config = model.config
-    config.use_cache = True
-    config.dtype = dtype  # else dtype="auto" would load it as float32
-    config.save_pretrained(folder)
-    has_generation = (source / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(source) if has_generation else GenerationConfig()
-    generation.eos_token_id = encoder.spec.end
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.pad_token_id = (
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else encoder.spec.end
-    )
-    generation.save_pretrained(folder)
-    tokenizer.chat_template = chat_template(tokenizer, encoder)
-    tokenizer.save_pretrained(folder)
-
-
-def chat_template(tokenizer: Any, encoder: Encoder) -> str:
-    """The Jinja template under which this tokenizer gives the training ids.
-
-    Raises:
-        ExportError: none does.
-    """
-    begin = tokenizer.bos_token if encoder.spec.begin else ""
-    # After a control token some tokenizers read the first word without its leading space.
-    for start in (begin, f"{begin} "):
-        template = encoder.template.jinja(start)
-        if not _template_faults(tokenizer, encoder, template):
-            return template
-    raise ExportError(
-        "the tokenizer gives other ids for the chat template than for training: "
-        + _template_faults(tokenizer, encoder, encoder.template.jinja(begin))[0]
-    )
-
-
-_PROBE = (Exchange("Hi there", "1. one\n2. two"), Exchange("And\n code?", "```\n  x\n```"))
-
-
-def _template_faults(tokenizer: Any, encoder: Encoder, template: str) -> list[str]:
-    """Prefixes of a probe conversation, with and without a system turn, that differ."""
-    faults = []
-    for system in (None, "Be brief."):
-        for count in range(len(_PROBE)):
-            ours = encoder.prompt(system, _PROBE[:count], _PROBE[count].user)
-            messages = as_messages(system, _PROBE[:count], _PROBE[count].user)
-            theirs = tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, return_dict=False
-            )
-            if ours != theirs:
-                faults.append(f"{theirs} instead of {ours}")
-    return faults
-
-
-def as_messages(
-    system: str | None, exchanges: Sequence[Exchange], question: str
-) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": system}] if system else []
-    for exchange in exchanges:
-        messages.append({"role": "user", "content": exchange.user})
-        messages.append({"role": "assistant", "content": exchange.assistant})
-    return [*messages, {"role": "user", "content": question}]
 
 
 def _verify(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from sft_job import flops
 from sft_job.attention import KERNELS, Choice
 from sft_job.errors import HardwareError
+from sft_job.facts import ModelFacts
 from sft_job.hardware import Hardware
 from sft_job.memory import Memory, Setting, estimate, product_widths
-from sft_job.prepared import ModelFacts
 from sft_job.schema import JobConfig, Zero3
 
 GIB = 2**30

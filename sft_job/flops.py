@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sft_job.facts import ModelFacts
 from sft_job.hardware import Hardware
 from sft_job.memory import product_widths
-from sft_job.prepared import ModelFacts
 
 # Share of the peak that the executed operations reach: a guess to plan with, until
 # `benchmarks/gpu.py` has measured it on the machine. Published for 7B models and 4,096 tokens

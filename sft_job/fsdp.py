@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sft_job.errors import ModelError
-from sft_job.model import DTYPES, WeightFiles, build, decoder_layers, make_trainable, missing_names
+from sft_job.model import DTYPES, build, decoder_layers, make_trainable
 from sft_job.plan import Plan
+from sft_job.weights import WeightFiles, fill_buffers, missing_names
 from sft_job.world import World
 
 
@@ -34,7 +35,8 @@ def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> 
     model = build(folder, plan, trust_remote_code=trust_remote_code, meta=True)
     make_trainable(model, plan)
     shard(model, plan, world)
-    fill(model, WeightFiles(folder), world)
+    files = WeightFiles(folder, torch.finfo(DTYPES[plan.precision.value]).max)
+    fill(model, files, world)
     # Read by Trainer: the model owns its placement and gradient reduction, do not wrap it.
     model._is_distributed_loading_by_transformers = True
     return model
@@ -84,6 +86,7 @@ def fill(model: PreTrainedModel, files: WeightFiles, world: World) -> None:
             local = _local(parameter)
             rows = _rows(parameter.shape[0], world)
             local.copy_(files.read(name, rows).reshape(local.shape))
+    fill_buffers(model, files)
     model.tie_weights()
 
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sft_job.prepared import ModelFacts
+from sft_job.facts import ModelFacts
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 

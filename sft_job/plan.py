@@ -19,11 +19,12 @@ from sft_job.attention import Choice, Package
 from sft_job.batching import Schedule, deal, idle_share
 from sft_job.config import load
 from sft_job.errors import HardwareError
+from sft_job.facts import ModelFacts
 from sft_job.flops import Work
 from sft_job.formats import ignored_line
 from sft_job.hardware import Hardware
 from sft_job.memory import BYTES, Memory
-from sft_job.prepared import DataStats, ModelFacts, Prepared, find_prepared, model_facts
+from sft_job.prepared import DataStats, Prepared, find_prepared, model_facts
 from sft_job.schema import MOST_PROCESSES, JobConfig
 
 # Steps looked at for the predicted idle share; a longer run is sampled evenly, in its first
@@ -70,6 +71,10 @@ class Plan:
     begin: str | None
     end: str | None
     seq_len: int
+    longest: int | None
+    """Tokens of the longest sample; None where nobody has looked yet."""
+    window: int | None
+    """Tokens that every layer looks back; None without a limit."""
     batching: str
     global_batch_size: int
     steps: int | None
@@ -123,10 +128,11 @@ def resolve(
     Raises:
         ConfigError, HardwareError, ModelError: what the job asks for cannot be had.
     """
+    notes = choices.check_model(config, facts, stats) if facts else []
     precision = choices.precision(config, hardware)
     kernel = choices.attention(config, hardware, precision.value, facts, packages)
     loss = choices.cross_entropy(config, hardware, precision.value, packages)
-    rope, factor = choices.rope(config, facts)
+    rope, factor = choices.rope(config, facts, stats)
     scale = facts.attention_scale if facts else 12.0 * 4096
     schedule = schedule_of(config, stats) if stats else None
     steps = schedule.steps if schedule else None
@@ -171,9 +177,8 @@ def resolve(
         memory=found.memory if found else None,
         memory_room=room,
         remedy=fit.remedy(question, found, room, hardware),
-        **_found(stats),
-        seq_len=config.data.seq_len,
-        batching=config.data.batching,
+        **_data(config, stats),
+        window=facts.window if facts else None,
         global_batch_size=config.train.global_batch_size,
         steps=steps,
         steps_per_epoch=schedule.steps_per_epoch if schedule else None,
@@ -193,20 +198,22 @@ def resolve(
         checkpoint_bytes=checkpoint_bytes,
         model_bytes=model_bytes,
         disk_bytes=_disk(config, steps, checkpoint_bytes, model_bytes),
-        notes=tuple(_notes(config, precision, schedule, idle)),
+        notes=(*notes, *_notes(config, precision, schedule, idle)),
     )
 
 
-def _found(stats: DataStats | None) -> dict[str, Any]:
-    """What encoding found."""
+def _data(config: JobConfig, stats: DataStats | None) -> dict[str, Any]:
+    """What is asked of the data, and what encoding found."""
     names = ("conversations", "samples", "supervised_tokens", "begin", "end")
     found = {name: getattr(stats, name) if stats else None for name in names}
     tokens = sum(stats.lengths) if stats and stats.lengths is not None else None
-    counted = {
+    found |= {
+        "tokens": tokens,
         "lost": dict(stats.lost) if stats else {},
         "ignored_keys": dict(stats.ignored_keys) if stats else {},
     }
-    return found | counted | {"tokens": tokens}
+    found |= {"seq_len": config.data.seq_len, "batching": config.data.batching}
+    return found | {"longest": choices.longest_sample(config, stats)}
 
 
 def _notes(
@@ -436,7 +443,14 @@ def plan_of(
     prepared = find_prepared(config)
     facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
     world = world_size or processes(config, machine)
-    return resolve(config, machine, world, stats, facts, packages), prepared
+    plan = resolve(config, machine, world, stats, facts, packages)
+    return _with_notes(plan, prepared), prepared
+
+
+def _with_notes(plan: Plan, prepared: Prepared | None) -> Plan:
+    """What was found out while the model was prepared is said in every plan."""
+    found = prepared.notes if prepared else ()
+    return dataclasses.replace(plan, notes=(*found, *plan.notes))
 
 
 def plan_for(config: JobConfig, gpu: str, count: int, mfu: float | None) -> Plan:
@@ -445,7 +459,8 @@ def plan_for(config: JobConfig, gpu: str, count: int, mfu: float | None) -> Plan
     prepared = find_prepared(config)
     facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
     packages = attention.image_packages(machine)
-    return resolve(config, machine, count, stats, facts, packages, mfu)
+    plan = resolve(config, machine, count, stats, facts, packages, mfu)
+    return _with_notes(plan, prepared)
 
 
 def processes(config: JobConfig, machine: Hardware) -> int:

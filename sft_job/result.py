@@ -16,7 +16,7 @@ from typing import Any
 from sft_job import seal
 from sft_job.attempt import Attempt
 from sft_job.files import create, publish, put_aside, read_json, write_atomically
-from sft_job.prepared import weight_files
+from sft_job.modelfiles import weight_files
 from sft_job.rundir import RunDir
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_job import __version__, cli, enqueue, follow, images, jobscript, preflight, slurm
+from sft_job import __version__, choices, cli, enqueue, follow, images, jobscript, preflight, slurm
 from sft_job.config import load, stored
 from sft_job.conversations import read_trainable
 from sft_job.errors import (
@@ -35,6 +35,7 @@ from sft_job.errors import (
     WorkerError,
 )
 from sft_job.files import write_atomically
+from sft_job.modelfiles import weight_files
 from sft_job.plan import Plan, gib, plan_for
 from sft_job.prepared import (
     BUNDLED,
@@ -42,7 +43,6 @@ from sft_job.prepared import (
     hub_revision,
     hub_snapshot,
     model_facts,
-    weight_files,
 )
 from sft_job.rundir import RunDir
 from sft_job.schema import Apptainer, JobConfig
@@ -252,11 +252,13 @@ def _data(config: JobConfig) -> Iterator[str]:
 
 def _model(config: JobConfig) -> Iterator[str]:
     path = config.model.path
-    if find_prepared(config) is not None:
+    prepared = find_prepared(config)
+    facts = model_facts(config, prepared)  # raises where a folder is not a whole model
+    if facts is not None:
+        yield from choices.check_model(config, facts, prepared.stats if prepared else None)
+    if prepared is not None:
         yield f"{path}, ready"
         return
-    # Raises where a folder is not a model.
-    facts = model_facts(config, None)
     if path.startswith("bundled:"):
         requirement, package, _ = BUNDLED[path]
         if config.container is None and importlib.util.find_spec(package):
@@ -266,9 +268,6 @@ def _model(config: JobConfig) -> Iterator[str]:
         remedy = "`sft-job data encode` where it is installed makes the model ready"
         raise SubmitError([f"model.path: {path} comes in the Python package {absent}; {remedy}"])
     if Path(path).is_absolute():
-        missing = [str(f) for f in weight_files(Path(path)) if not f.is_file()]
-        if missing:
-            raise SubmitError([f"model.path: {file} is missing" for file in missing])
         yield f"{path}, {facts.parameters or 0:,} parameters" if facts else path
         return
     folder = hub_snapshot(config)

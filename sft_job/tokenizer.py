@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from sft_job.conversations import Trainable
 from sft_job.errors import ModelError
 from sft_job.files import read_json
+from sft_job.modelfiles import read_by_library, read_object_or_none
 
 # Beside a tokenizer that was converted from sentencepiece: check it on every new data set.
 CONVERTED = "converted_from_sentencepiece.json"
@@ -23,13 +24,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     Nothing is ever padded here; the pad token is for those who use the model later: the
     unknown token where there is one (as in the published recipe), else what it has, else none.
+
+    Raises:
+        ModelError: its files cannot be read.
     """
-    try:
+    remedy = "look at tokenizer.json and tokenizer_config.json, or fetch them again"
+    with read_by_library("the tokenizer cannot be read", folder, remedy):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer cannot be read: {str(error).splitlines()[0]}", where=str(folder)
-        ) from error
     if tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
@@ -41,19 +42,23 @@ def convert_sentencepiece(source: Path, target: Path) -> None:
     transformers 5.23 orders the merges by pairs of ids; sentencepiece merges by the score of
     the piece that results. The dummy prefix is a plain prepended piece in sentencepiece, also
     where the text begins with a space (Metaspace leaves it out there).
+
+    Raises:
+        ModelError: tokenizer.model is none of sentencepiece's, or not a BPE model.
     """
     import sentencepiece
     import tokenizers
 
-    settings = source / "tokenizer_config.json"
-    config = read_json(settings) if settings.is_file() else {}
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
-    tokenizer = LlamaTokenizer.from_pretrained(
-        source,
-        legacy=config.get("legacy", True),
-        add_bos_token=config.get("add_bos_token", True),
-    )
-    tokenizer.save_pretrained(target)
+    config = read_object_or_none(source / "tokenizer_config.json") or {}
+    remedy = "add the tokenizer.json that was published for this model to its folder"
+    with read_by_library("cannot be read by sentencepiece", source / "tokenizer.model", remedy):
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+        tokenizer = LlamaTokenizer.from_pretrained(
+            source,
+            legacy=config.get("legacy", True),
+            add_bos_token=config.get("add_bos_token", True),
+        )
+        tokenizer.save_pretrained(target)
     file = target / "tokenizer.json"
     backend = json.loads(file.read_text(encoding="utf-8"))
     if backend["model"]["type"] != "BPE":

@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sft_job import checkpoint, extras, fsdp, identity, loss, rates, selftest, zero3
+from sft_job import checkpoint, extras, fsdp, identity, loss, rates, selftest, varlen, zero3
 from sft_job.attempt import Attempt
 from sft_job.attention import KERNELS
 from sft_job.cli import StopRequest
@@ -443,7 +443,8 @@ class Steering(TrainerCallback):
             kernel=kernel,
             packs=KERNELS[kernel].packs,
             place=trainer._prepare_inputs,
-            lengths=selftest.LENGTHS[args.device.type],
+            lengths=selftest.lengths(args.device.type, trainer.plan.window),
+            own_attention=lambda: varlen.own_attention(trainer.model),
         )
         trainer.started("self-test")
         trainer.meter.reset()  # the time so far belongs to no step

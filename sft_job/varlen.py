@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from sft_job.attention import KERNELS
 from sft_job.errors import ModelError
@@ -37,10 +38,21 @@ class Packed:
     """The samples of a row, made once per micro-batch and shared by all layers.
 
     Not a dataclass: FSDP2 makes a copy of those for every layer, and the mask with it.
+
+    Args:
+        longest: tokens of the longest sample that will come; None is this row's. A window that is
+            too short for it is found in the first row, by the self-test.
     """
 
-    def __init__(self, seq_lens: list[int], cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+    def __init__(
+        self,
+        seq_lens: list[int],
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        longest: int | None = None,
+    ) -> None:
         self.seq_lens, self.cu_seqlens, self.max_seqlen = seq_lens, cu_seqlens, max_seqlen
+        self.longest = max(max_seqlen, longest or 0)
 
     @functools.cached_property
     def xformers_mask(self) -> Any:
@@ -244,16 +256,23 @@ def attention_function(attend: Attend) -> Callable[..., tuple[torch.Tensor, None
         """
         Args:
             query: `[1, heads, T, head_dim]`; key, value: `[1, kv_heads, T, head_dim]`.
-            packed: the samples, of T tokens together; None means one sample of length T.
+            packed: the samples, of T tokens together.
 
         Returns:
             `[1, T, heads, head_dim]` and no attention weights.
+
+        Raises:
+            ModelError: the model's attention is more than causal attention inside each sample.
         """
         if query.shape[0] != 1:
             raise ValueError(f"expected one flattened row, not a batch of {query.shape[0]}")
         if packed is None:
-            packed = one_sample(query.shape[2], query.device)
-        _refuse_what_no_kernel_does(kwargs, packed)
+            raise ModelError(
+                f"{type(module).__name__} is not told where samples begin: the model's layers do "
+                "not hand that on to their attention",
+                remedy=OWN,
+            )
+        _refuse_what_no_kernel_does(attention_mask, kwargs, packed)
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         return attend(q, k, v, packed, scale, dropout).unsqueeze(0), None
@@ -261,21 +280,46 @@ def attention_function(attend: Attend) -> Callable[..., tuple[torch.Tensor, None
     return function
 
 
-def one_sample(length: int, device: torch.device) -> Packed:
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
-    return Packed([length], cu_seqlens, length)
+OWN = "use model.attention=own: one sample per forward pass"
+# What transformers' models hand to their attention beyond causal attention, and what it is.
+BEYOND = {
+    "softcap": "caps its attention scores",
+    "s_aux": "attends through sinks",
+    "sinks": "attends through sinks",
+    "position_bias": "adds a bias to its attention scores",
+    "indices": "attends to chosen tokens only",
+    "block_indices": "attends to chosen tokens only",
+}
 
 
-def _refuse_what_no_kernel_does(kwargs: dict[str, Any], packed: Packed) -> None:
+def _refuse_what_no_kernel_does(
+    attention_mask: torch.Tensor | None, kwargs: dict[str, Any], packed: Packed
+) -> None:
+    found = [what for name, what in BEYOND.items() if kwargs.get(name) is not None]
+    if attention_mask is not None:
+        found.append("makes an attention mask of its own")
+    if kwargs.get("is_causal") is False:
+        found.append("lets tokens see later ones")
+    if found:
+        raise ModelError(f"the model {found[0]}, which no kernel here does", remedy=OWN)
     window = kwargs.get("sliding_window")
-    longest = packed.max_seqlen
-    unsupported = kwargs.get("softcap") or kwargs.get("s_aux") is not None
-    if unsupported or (window is not None and longest > window):
+    if window is not None and packed.longest > window:
         raise ModelError(
-            "the model attends through a sliding window, capped scores or sinks, "
-            f"which this kernel does not do (window {window}, longest sample {longest})",
-            remedy="use a data.seq_len of at most the window, or another base model",
+            f"the model attends through a sliding window of {window} tokens, which no kernel here "
+            f"does, and the longest sample has {packed.longest}",
+            remedy=f"use data.seq_len={window}, or model.attention=own: one sample per forward "
+            "pass",
         )
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model with its own, plain attention: for one sample at a time."""
+    kernel, model.config._attn_implementation = model.config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = kernel
 
 
 def register(kernel: str) -> str | None:

@@ -21,10 +21,11 @@ from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import load
 from sft_job.errors import CheckpointError, Interrupted, SftJobError, WorkerError
+from sft_job.facts import read_facts
 from sft_job.files import make_folder, translated, write_atomically
 from sft_job.place import disregard_others, refuse_another_size
 from sft_job.plan import Plan, plan_of, show
-from sft_job.prepared import Prepared, forget, read_facts
+from sft_job.prepared import Prepared, forget
 from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig
 from sft_job.workers import Phases, Place

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from sft_job import compiled
 from sft_job.errors import CheckpointError, HardwareError, ModelError
 from sft_job.loss import LossScale
-from sft_job.model import DTYPES, WeightFiles, build, make_trainable, missing_names
+from sft_job.model import DTYPES, build, make_trainable
 from sft_job.plan import Plan
 from sft_job.schema import JobConfig, Zero3
+from sft_job.weights import WeightFiles, fill_buffers, missing_names
 from sft_job.world import World
 
 
@@ -172,13 +173,14 @@ def load(folder: Path, plan: Plan, world: World, *, trust_remote_code: bool) -> 
         ModelError: a parameter is not in the files.
     """
     model = build(folder, plan, trust_remote_code=trust_remote_code, meta=True)
-    files = WeightFiles(folder)
+    files = WeightFiles(folder, torch.finfo(DTYPES[plan.precision.value]).max)
     if missing := missing_names(model, files):
         raise ModelError(f"the weight files have no {', '.join(missing[:5])}", where=str(folder))
     partition(model, plan, world)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.ds_tensor.copy_(_own_part(files, name, parameter, world))
+    fill_buffers(model, files)
     make_trainable(model, plan)
     return model
 

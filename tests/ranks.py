@@ -30,13 +30,13 @@ from sft_job.attention import KERNELS, Choice
 from sft_job.cli import StopRequest
 from sft_job.config import load
 from sft_job.errors import ConfigError, Interrupted, WorkerError
+from sft_job.facts import read_facts
 from sft_job.files import append_line
 from sft_job.metrics import Meter, Reporter, Silence, peak_memory_gib
-from sft_job.model import WeightFiles
 from sft_job.plan import Plan, plan_of, schedule_of
-from sft_job.prepared import read_facts
 from sft_job.rundir import RunDir
 from sft_job.schema import JobConfig
+from sft_job.weights import WeightFiles
 from sft_job.worker import refuse_different_plans
 from sft_job.world import World
 

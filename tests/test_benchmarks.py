@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import flops, memory
-from sft_job.prepared import KNOWN_FACTS
+from sft_job.facts import KNOWN_FACTS
 
 SEVEN_B = KNOWN_FACTS[flops.MODEL]
 # Every size another one, so that no two formulas give the same number by accident.

@@ -16,11 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_job import export, model, schema
+from sft_job import schema
 from sft_job.conversations import Conversation, Exchange, Trainable, Turn, read, trainable
 from sft_job.encode import Encoder, Sample, check_tokenizer, spec_of
 from sft_job.errors import DataError, ModelError
 from sft_job.rundir import CacheDir
+from sft_job.settings import as_messages, chat_template
+from sft_job.source import prepare_folder
 from sft_job.tokenizer import check_converted, convert_sentencepiece, load_tokenizer
 from tests.runs import ROOT, make_tokenizer
 
@@ -173,13 +175,13 @@ def test_prompt_is_a_prefix_of_the_training_ids(which: str, request) -> None:
         whole = Trainable("c", "here", system, tuple(exchanges))
         (sample,) = enc.encode([whole])[0][0]
         ids = sample.input_ids.tolist()
-        template = export.chat_template(tokenizer, enc)
+        template = chat_template(tokenizer, enc)
         for count, exchange in enumerate(exchanges):
             prompt = enc.prompt(system, exchanges[:count], exchange.user)
             assert ids[: len(prompt)] == prompt
             assert sample.supervised[len(prompt)]
             assert not sample.supervised[len(prompt) - 1]
-            messages = export.as_messages(system, exchanges[:count], exchange.user)
+            messages = as_messages(system, exchanges[:count], exchange.user)
             render = {"chat_template": template, "return_dict": False}
             assert prompt == tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, **render
@@ -209,9 +211,9 @@ def test_tokenizer_with_a_first_word_space_only_at_the_start(tmp_path: Path, lla
     assert tokens[after] == "USER"  # with legacy: true it is ▁US, ER
     enc = encoder(tokenizer)
     check_tokenizer(tokenizer, enc, [conversation("Hi", "Hello!", "Who?", "Me.")])
-    template = export.chat_template(tokenizer, enc)
+    template = chat_template(tokenizer, enc)
     ids = tokenizer.apply_chat_template(
-        export.as_messages(None, [Exchange("Hi", "Hello!")], "Who?"),
+        as_messages(None, [Exchange("Hi", "Hello!")], "Who?"),
         chat_template=template, add_generation_prompt=True, return_dict=False,
     )  # fmt: skip
     assert ids == sample.input_ids[: len(ids)].tolist()
@@ -466,10 +468,10 @@ def test_model_folder_with_bare_tokenizer_model_is_converted_once(tmp_path: Path
         (source / name).write_text(text)
     cache = CacheDir(tmp_path / "cache")
     asked = schema.Model(path=str(source))
-    folder = model.prepare_folder(asked, cache, online=False)
+    folder = prepare_folder(asked, cache, online=False)
     assert (folder / "model.safetensors").is_symlink()
     for name, text in own.items():
         assert (source / name).read_text() == text, f"the user's {name} was written over"
     assert load_tokenizer(folder)("Hi").input_ids == llama("Hi").input_ids
     assert load_tokenizer(folder).pad_token == "<unk>"
-    assert model.prepare_folder(asked, cache, online=False) == folder
+    assert prepare_folder(asked, cache, online=False) == folder

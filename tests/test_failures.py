@@ -155,18 +155,16 @@ def test_existing_rope_scaling_that_is_too_short(job: Path, tmp_path: Path, mode
 
 
 def test_model_that_scales_its_logits(job: Path, tmp_path: Path, model: Path) -> None:
-    """Its own loss is not the one we would train on; refused at the start, not trained wrong."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """Its own loss is not the one we would train on; said by the plan, before weights are there."""
+    from transformers import AutoConfig
 
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = AutoConfig.for_model(
-        "granite", vocab_size=504, num_attention_heads=2, num_key_value_heads=2,
-        initializer_range=0.5, logits_scaling=16.0, **shape,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
-    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "granite")
-    message = refused(job, f"model.path={tmp_path / 'granite'}")
-    assert "self-test: our loss is" in message
+    config = AutoConfig.for_model("granite", vocab_size=504, logits_scaling=16.0)
+    config.save_pretrained(tmp_path / "granite")
+    shutil.copy(model / "tokenizer.json", tmp_path / "granite")
+    result = sft_job("plan", job, f"model.path={tmp_path / 'granite'}")
+    assert result.returncode == 2
+    said = "granite changes its logits before the loss (logits_scaling 16.0)\n  -> use a dense"
+    assert f"error: {tmp_path}/granite/config.json: {said}" in result.stderr
 
 
 @pytest.fixture

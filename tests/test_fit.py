@@ -13,10 +13,10 @@ from sft_job import fit, hardware, plan
 from sft_job.attention import image_packages
 from sft_job.config import load
 from sft_job.errors import HardwareError
+from sft_job.facts import KNOWN_FACTS
 from sft_job.hardware import Hardware
 from sft_job.memory import estimate
 from sft_job.plan import Plan, plan_for, resolve
-from sft_job.prepared import KNOWN_FACTS
 from tests.runs import ROOT
 
 LLAMA = KNOWN_FACTS["meta-llama/Llama-2-7b-hf"]

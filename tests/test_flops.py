@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from sft_job import flops, hardware
+from sft_job.facts import KNOWN_FACTS
 from sft_job.flops import Work, executed, needed
-from sft_job.prepared import KNOWN_FACTS
 
 LLAMA = KNOWN_FACTS["meta-llama/Llama-2-7b-hf"]
 GROUPED = KNOWN_FACTS["meta-llama/Llama-3.1-8B"]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sft_job import fsdp, selftest, zero3
-from sft_job.model import WeightFiles
+from sft_job.weights import WeightFiles
 from sft_job.world import World
 from tests.ranks import Setup
 from tests.runs import make_conversations, make_job, make_model, make_tokenizer, on_ranks, sft_job

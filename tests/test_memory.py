@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from sft_job import hardware, memory
+from sft_job.facts import KNOWN_FACTS, ModelFacts, read_facts
 from sft_job.memory import Setting, estimate
-from sft_job.prepared import KNOWN_FACTS, ModelFacts, read_facts
 from tests import ranks
 from tests.runs import (
     ROOT,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sft_job import varlen
 from sft_job.attention import KERNELS
+from sft_job.model import empty
 from tests.runs import (
     make_conversations,
     make_job,
@@ -188,17 +189,49 @@ def test_a_model_with_its_own_code_equals_the_plain_one(
 
 
 def test_its_attention_cannot_be_replaced(folder: Path, job: Path) -> None:
-    """Asked for by name, a packing kernel is refused with the reason; so is the code unasked."""
+    """Asked for by name, a packing kernel is refused with the reason."""
     own = f"model.path={folder}/own"
-    result = sft_job("train", job, own, f"run.dir={folder}/unasked")
-    assert result.returncode == 2
-    assert "the model brings its own Python code, which is not run unasked" in result.stderr
     options = ["model.trust_remote_code=true", "model.attention=sdpa", f"run.dir={folder}/sdpa"]
     result = sft_job("train", job, own, *options)
     assert result.returncode == 2
     assert "model.attention is sdpa, but the model brings its own Python code" in result.stderr
     assert "use model.attention=own or auto: one sample per forward pass" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_code_beside_a_model_that_is_built_in_is_left_alone(folder: Path, job: Path) -> None:
+    """Unasked, a LLaMA is transformers' own, and the plan says so; its export names no code."""
+    own = [f"model.path={folder}/own", f"run.dir={folder}/unasked"]
+    planned = sft_job("plan", job, *own)
+    assert planned.returncode == 0, planned.stderr
+    assert "note: the Python code that comes with the model (auto_map" in planned.stdout
+    run = run_job(job, *own)
+    plan = json.loads(run.plan_file.read_text())
+    assert plan["attention"]["value"] == "sdpa"
+    assert "auto_map" not in json.loads((run.model / "config.json").read_text())
+    assert not list(run.model.glob("*.py"))
+
+
+def test_code_that_is_needed_is_not_run_unasked(folder: Path, job: Path) -> None:
+    """A type that transformers does not know; refused by the plan and before encoding alike."""
+    strange = Path(shutil.copytree(folder / "own", folder / "strange"))
+    config = json.loads((strange / "config.json").read_text()) | {"model_type": "strange"}
+    (strange / "config.json").write_text(json.dumps(config))
+    for command in (["plan"], ["data", "encode"]):
+        result = sft_job(*command, job, f"model.path={strange}")
+        assert result.returncode == 2
+        assert "the model brings its own Python code, which is not run unasked" in result.stderr
+
+
+def test_every_row_of_the_table_is_trained(tmp_path: Path) -> None:
+    """torch leaves the pad's row out, which in many models is that of the stop token."""
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=2
+    )
+    model = empty(config, where=tmp_path, trust_remote_code=False, meta=False)
+    torch.nn.init.ones_(model.get_input_embeddings().weight)
+    model.get_input_embeddings()(torch.tensor([2])).sum().backward()
+    assert float(model.get_input_embeddings().weight.grad[2].sum()) == 8
 
 
 @pytest.mark.parametrize("kernel", [name for name, row in KERNELS.items() if row.packs])

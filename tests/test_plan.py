@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import json
 import os
-import struct
 from array import array
 from pathlib import Path
 
@@ -15,16 +14,11 @@ from sft_job.attention import LIGER, Package, image_packages
 from sft_job.batching import Schedule
 from sft_job.config import load
 from sft_job.errors import ConfigError, HardwareError, ModelError
+from sft_job.facts import ModelFacts, read_facts
+from sft_job.families import Obstacle
 from sft_job.hardware import Hardware
 from sft_job.plan import LOST, lost_lines, plan_of, processes, resolve, schedule_of, show
-from sft_job.prepared import (
-    DataStats,
-    ModelFacts,
-    find_prepared,
-    model_facts,
-    prepared_key,
-    read_facts,
-)
+from sft_job.prepared import DataStats, find_prepared, model_facts, prepared_key
 
 A100 = Hardware("cuda", 8, "NVIDIA A100-SXM4-80GB", (8, 0), True, 80.0)
 V100 = Hardware("cuda", 8, "Tesla V100-SXM2-32GB", (7, 0), False, 32.0)
@@ -110,9 +104,10 @@ def test_attention_is_chosen_for_the_hardware(machine, kernel, resolved):
 def test_rows_need_a_kernel_that_packs(resolved):
     """One sample per forward pass and packed rows exclude each other."""
     own = dataclasses.replace(LLAMA, remote_code=True)
-    assert resolved(facts=own).attention.value == "own"
+    trust = "model.trust_remote_code=true"
+    assert resolved(trust, facts=own).attention.value == "own"
     with pytest.raises(ModelError, match=r"rows packs samples.*own takes one sample per forward"):
-        resolved("data.batching=rows", facts=own)
+        resolved(trust, "data.batching=rows", facts=own)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +280,147 @@ def test_without_config_json_rope_is_unknown(resolved):
     done = resolved(facts=None)
     assert (done.rope.value, done.rope_factor) == ("unknown", None)
     assert done.parameters is None
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0],
+            "original_max_position_embeddings": 4096}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("existing", "context", "limit", "remedy"),
+    [
+        (DYNAMIC, 4096, 4096, "use data.seq_len=4096$"),
+        (LONGROPE, 131072, 4096, "use data.seq_len=4096 or model.attention=own, one sample"),
+    ],
+)
+def test_positions_that_depend_on_the_row_are_refused(existing, context, limit, remedy, resolved):
+    """Dynamic NTK and LongRoPE look at the longest sample of a row: those up to the limit are
+    computed alike, longer ones would change their neighbours."""
+    facts = dataclasses.replace(LLAMA, context=context, rope=existing)
+    job = ["data.seq_len=8192", "train.micro_batch_tokens=200000"]
+    assert resolved(*job, facts=facts, data=stats([limit, 10])).rope_factor is None
+    resolved(*job, facts=facts)  # before encoding nobody knows
+    with pytest.raises(ModelError, match=rf"depend on the longest sample of a row beyond {limit:,} "
+                       rf"tokens.*one has {limit + 1:,}\n  -> {remedy}"):  # fmt: skip
+        resolved(*job, facts=facts, data=stats([limit + 1, 10]))
+    with pytest.raises(ModelError, match="one has 8,192"):
+        resolved(*job, "data.preprocess=lazy", facts=facts, data=stats())
+    alone = resolved(*job, "model.attention=own", facts=facts, data=stats([limit])).attention
+    assert alone.value == "own"
+
+
+def test_longrope_alone_is_what_the_model_computes(resolved):
+    """One sample per forward pass takes the factors of its own length."""
+    facts = dataclasses.replace(LLAMA, context=131072, rope=LONGROPE)
+    job = ["data.seq_len=8192", "train.micro_batch_tokens=200000", "model.attention=own"]
+    assert resolved(*job, facts=facts, data=stats([8000])).rope.value == "longrope x1"
+
+
+def test_learned_positions_cannot_be_scaled(resolved):
+    """A vector for each position: the context is what it is."""
+    facts = dataclasses.replace(LLAMA, model_type="opt", context=2048, fixed_positions="are x")
+    assert resolved(facts=facts).rope.value == "none"
+    for asked in (["data.seq_len=4096"], ["model.rope={type: linear, factor: 2}"]):
+        with pytest.raises(
+            ModelError, match=r"of opt are x: its.*\n.*auto with data.seq_len <= 2048"
+        ):
+            resolved(*asked, facts=facts)
+
+
+def test_where_layers_differ_it_is_said_which_are_scaled(resolved):
+    """Layers with a window see no distance beyond it."""
+    facts = dataclasses.replace(LLAMA, model_type="gemma3_text")
+    done = resolved("data.seq_len=8192", facts=facts)
+    assert (done.rope.value, done.rope_factor) == ("linear x2", 2.0)
+    assert "in layers with full attention, those with a window keep theirs" in done.rope.reason
+
+
+# --- windows -------------------------------------------------------------------------------
+
+MISTRAL = dataclasses.replace(LLAMA, model_type="mistral", window=128)
+
+
+def test_a_window_shorter_than_the_longest_sample_is_refused(resolved):
+    """With both numbers and what can be done; not at step 31."""
+    with pytest.raises(ModelError) as error:
+        resolved(facts=MISTRAL, data=stats([10, 198, 20]))
+    assert str(error.value) == (
+        "bundled:smollm2-135m: the longest sample has 198 tokens, and layers of mistral look back "
+        "128 tokens only (sliding_window), which no attention kernel here does\n"
+        "  -> use data.seq_len=128, or model.attention=own, which attends through windows: one "
+        "sample per forward pass"
+    )
+    with pytest.raises(ModelError, match=r"-> use data.seq_len=128$"):
+        resolved("data.batching=rows", facts=MISTRAL, data=stats([10, 198]))
+
+
+def test_a_window_that_no_sample_reaches_is_no_obstacle(resolved):
+    """Whatever data.seq_len would allow; the model's own attention attends through windows."""
+    assert resolved(facts=MISTRAL, data=stats([128, 20])).longest == 128
+    asked = resolved("model.attention=own", facts=MISTRAL, data=stats([198]))
+    assert asked.attention.value == "own"
+
+
+def test_before_encoding_a_short_window_is_a_note(resolved):
+    """The job may start; what would stop it is said."""
+    done = resolved(facts=MISTRAL)
+    assert done.longest is None
+    assert any("a longer sample would be refused when the data is encoded" in n for n in done.notes)
+    assert not resolved("data.seq_len=128", facts=MISTRAL).notes
+
+
+def test_lazy_data_needs_a_window_for_the_longest_that_may_come(resolved):
+    """Nobody looks at the lengths before the start."""
+    lazy = ["data.preprocess=lazy", "data.seq_len=160"]
+    with pytest.raises(ModelError, match=r"with data.preprocess: lazy a sample may have 160"):
+        resolved(*lazy, facts=MISTRAL, data=stats())
+    assert resolved("data.preprocess=lazy", "data.seq_len=128", facts=MISTRAL, data=stats()).longest
+
+
+# --- what a model is -----------------------------------------------------------------------
+
+CAPS = Obstacle("caps its attention scores", "attn_logit_softcapping", own=True)
+
+
+def test_what_only_the_models_own_attention_does_is_refused_with_the_way_out(resolved):
+    """No kernel, named or chosen; model.attention=own trains it."""
+    facts = dataclasses.replace(LLAMA, model_type="gemma2", obstacles=(CAPS,))
+    for attention in ("auto", "sdpa"):
+        with pytest.raises(ModelError, match=r"gemma2 caps its attention scores \("
+                           r"attn_logit_softcapping\)\n  -> use model.attention=own"):  # fmt: skip
+            resolved(f"model.attention={attention}", facts=facts)
+    assert resolved("model.attention=own", facts=facts).attention.value == "own"
+
+
+def test_code_that_is_not_needed_is_not_run(resolved):
+    """A type that transformers has built in is built in, and said; with trust its code is run."""
+    facts = dataclasses.replace(LLAMA, remote_code=True)
+    done = resolved(facts=facts)
+    assert done.attention.value == "flash_attention_2"
+    assert [note for note in done.notes if "auto_map" in note] == [
+        "the Python code that comes with the model (auto_map in config.json) is not run: "
+        "transformers has llama built in; model.trust_remote_code=true runs it"
+    ]
+    trusted = resolved("model.trust_remote_code=true", facts=facts)
+    assert trusted.attention.value == "own"
+    assert not any("auto_map" in note for note in trusted.notes)
+
+
+def test_code_that_is_needed_is_not_run_unasked(resolved):
+    """Before anything is read or converted."""
+    facts = dataclasses.replace(LLAMA, model_type="new", remote_code=True, built_in=False)
+    with pytest.raises(ModelError, match=r"which is not run unasked\n  -> read the code, then set"):
+        resolved(facts=facts)
+    assert resolved("model.trust_remote_code=true", facts=facts).attention.value == "own"
+
+
+def test_a_model_that_drops_attention_gets_a_kernel_that_can(resolved):
+    """torch_varlen and flash-attn 3 cannot: refused by name, passed over by auto."""
+    facts = dataclasses.replace(LLAMA, heads=32, dropout=0.1)
+    assert resolved(facts=facts).attention.value == "flash_attention_2"
+    with pytest.raises(HardwareError, match=r"the model drops attention weights \(0.1\), which it"):
+        resolved("model.attention=torch_varlen", facts=facts)
 
 
 # --- steps ---------------------------------------------------------------------------------
@@ -500,86 +636,20 @@ def test_losses_are_shown_with_their_counts():
 
 # --- what is on disk -----------------------------------------------------------------------
 
-CONFIG_JSON = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "hidden_size": 8,
-    "vocab_size": 32,
-    "max_position_embeddings": 64,
-}
 
-
-def model_folder(folder: Path, **changes) -> Path:
-    """A model folder with a config.json."""
+def model_folder(folder: Path) -> Path:
+    """A model folder with a config.json, and no weights yet."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG_JSON | changes))
-    return folder
-
-
-def weights(path: Path, *shapes: list[int]) -> None:
-    """A safetensors file of which only the header is real."""
-    header = {
-        str(n): {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
-        for n, shape in enumerate(shapes)
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 8,
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
     }
-    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text)
-
-
-def test_facts_are_read_from_config_and_headers(tmp_path):
-    """Parameters are counted over all weight files, without reading a weight."""
-    folder = model_folder(tmp_path / "m", tie_word_embeddings=True)
-    weights(folder / "model-00001-of-00002.safetensors", [32, 8], [8])
-    weights(folder / "model-00002-of-00002.safetensors", [4, 8])
-    assert read_facts(folder) == ModelFacts("llama", 2, 8, 32, 64, None, True, 296)
-
-
-def test_facts_without_weights_have_no_size(tmp_path):
-    """Unknown, not 0."""
-    assert read_facts(model_folder(tmp_path / "m")).parameters is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"rope_scaling": OLD_LINEAR}, OLD_LINEAR),
-        ({"rope_parameters": LLAMA3}, LLAMA3),
-        ({"rope_scaling": None}, None),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, None),
-    ],
-)
-def test_an_existing_rope_scaling_is_found(changes, expected, tmp_path):
-    """Under its old and its new name; the default is none."""
-    assert read_facts(model_folder(tmp_path / "m", **changes)).rope == expected
-
-
-def test_a_folder_without_config_is_no_model(tmp_path):
-    """Weights in another layout, or the wrong folder."""
-    with pytest.raises(ModelError, match=r"no config\.json in the model folder\n  -> model.path"):
-        read_facts(tmp_path)
-
-
-def test_a_broken_config_is_named(tmp_path):
-    """With the folder and what JSON expected."""
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=rf"^{tmp_path}: config\.json cannot be read: Expecting"):
-        read_facts(tmp_path)
-
-
-def test_another_architecture_is_named(tmp_path):
-    """T5 has no num_hidden_layers under that name."""
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ModelError, match="has no num_hidden_layers: not a decoder of the LLaMA"):
-        read_facts(tmp_path)
-
-
-def test_a_weight_file_that_is_none_is_named(tmp_path):
-    """What git leaves without LFS: 130 bytes of text that are called model.safetensors."""
-    folder = model_folder(tmp_path / "m")
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n"
-    (folder / "model.safetensors").write_text(pointer)
-    with pytest.raises(ModelError, match=r"model\.safetensors"):
-        read_facts(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    return folder
 
 
 def test_facts_of_a_hub_model_come_from_the_local_hub_cache(job_file, tmp_path, monkeypatch):

@@ -253,15 +253,11 @@ def test_xformers_mask_is_the_dense_block_diagonal_one() -> None:
     assert row.xformers_mask is row.xformers_mask
 
 
-def test_without_lengths_a_row_is_one_sample() -> None:
-    """The model's own forward pass gives none."""
+def test_a_model_that_does_not_hand_on_where_samples_begin_is_refused() -> None:
+    """A row taken for one sample would be a leak."""
     attend = varlen.attention_function(varlen.FUNCTIONS["sdpa"]())
-    q, k, v = inputs()
-    result, _ = attend(torch.nn.Identity(), q, k, v, None)
-    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
-    torch.testing.assert_close(
-        result[0].double(), reference(*rows, [sum(LENGTHS)], DIM**-0.5), rtol=1e-5, atol=1e-5
-    )
+    with pytest.raises(ModelError, match=r"Identity is not told where samples begin.*\n.*=own"):
+        attend(torch.nn.Identity(), *inputs(), None)
 
 
 def test_deterministic_training_asks_for_the_deterministic_backward(
@@ -287,15 +283,49 @@ def test_deterministic_training_asks_for_the_deterministic_backward(
     assert seen == [False, True] * 2
 
 
-def test_what_no_kernel_does_is_refused() -> None:
-    """A window shorter than a sample, sinks, dropout where the kernel has none, batches."""
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"softcap": 50.0}, "caps its attention scores"),
+        ({"s_aux": torch.zeros(2)}, "attends through sinks"),
+        ({"sinks": torch.zeros(2)}, "attends through sinks"),
+        ({"position_bias": torch.zeros(2)}, "adds a bias to its attention scores"),
+        ({"indices": torch.zeros(2)}, "attends to chosen tokens only"),
+        ({"is_causal": False}, "lets tokens see later ones"),
+        ({"attention_mask": torch.zeros(2)}, "makes an attention mask of its own"),
+    ],
+)
+def test_what_no_kernel_does_is_refused_by_its_name(given: dict[str, Any], what: str) -> None:
+    """Each cause for itself, with the attention that does it; None is nothing."""
+    sdpa = varlen.attention_function(varlen.FUNCTIONS["sdpa"]())
+    module, row = torch.nn.Identity(), {"attention_mask": None, "packed": packed()}
+    with pytest.raises(ModelError) as error:
+        sdpa(module, *inputs(), **(row | given))
+    assert str(error.value) == (
+        f"the model {what}, which no kernel here does\n"
+        "  -> use model.attention=own: one sample per forward pass"
+    )
+    sdpa(module, *inputs(), **(row | dict.fromkeys(given)))
+
+
+def test_a_window_is_measured_against_the_longest_sample_of_the_job() -> None:
+    """Not against those of this row: the self-test finds it, not step 31."""
     sdpa = varlen.attention_function(varlen.FUNCTIONS["sdpa"]())
     module, heads = torch.nn.Identity(), inputs()
     sdpa(module, *heads, None, packed=packed(), sliding_window=9)
-    with pytest.raises(ModelError, match="window 8, longest sample 9"):
+    with pytest.raises(ModelError, match=r"window of 8 tokens, .* the longest sample has 9\n.*=8"):
         sdpa(module, *heads, None, packed=packed(), sliding_window=8)
-    with pytest.raises(ModelError, match="sinks"):
-        sdpa(module, *heads, None, packed=packed(), s_aux=torch.zeros(2))
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    job = varlen.Packed(LENGTHS, ends, max(LENGTHS), longest=30)
+    sdpa(module, *heads, None, packed=job, sliding_window=30)
+    with pytest.raises(ModelError, match=r"window of 29 tokens, .* the longest sample has 30"):
+        sdpa(module, *heads, None, packed=job, sliding_window=29)
+
+
+def test_what_a_kernel_cannot_be_called_with_is_refused() -> None:
+    """Dropout where the kernel has none, batches."""
+    sdpa = varlen.attention_function(varlen.FUNCTIONS["sdpa"]())
+    module, heads = torch.nn.Identity(), inputs()
     own = varlen.attention_function(varlen.FUNCTIONS["torch_varlen"]())
     with pytest.raises(ModelError, match=r"attention_dropout 0.1.*torch_varlen cannot do"):
         own(module, *heads, None, dropout=0.1, packed=packed())

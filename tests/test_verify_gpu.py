@@ -121,7 +121,8 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = varlen.FUNCTIONS["sdpa"]()
 
     def leaks(q, k, v, packed, scale, dropout):
-        return right(q, k, v, varlen.one_sample(len(q), q.device), scale, dropout)
+        one = varlen.Packed([len(q)], packed.cu_seqlens[[0, -1]], len(q))
+        return right(q, k, v, one, scale, dropout)
 
     monkeypatch.setitem(varlen.FUNCTIONS, "sdpa", lambda: leaks)
     assert kernel_checks.attention_error("sdpa", "fp32", 16, (4, 2)) > 100

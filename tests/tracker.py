@@ -44,6 +44,7 @@ def peak(
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     plan: Any = SimpleNamespace(
         rope_factor=None,
+        longest=None,
         attention=Choice("torch_varlen", ""),
         cross_entropy=Choice("torch", ""),
         activation_checkpointing=Choice(recompute, ""),
