@@ -117,6 +117,8 @@ def encode_job(config: JobConfig) -> Prepared:
     print(f"{stats.conversations:,} conversations -> {stats.samples:,} samples{tokens}")
     _print_losses(stats.lost, stats.ignored_keys)
     print(f"model {ready.model_folder}\ndata  {ready.data_folder}")
+    for note in ready.notes:
+        print(f"note: {note}")
     return ready
 
 

@@ -74,7 +74,7 @@ def test_conversation_without_an_assistant_turn(job: Path) -> None:
     record = {"id": "lonely", "conversations": [{"from": "human", "value": "Hi"}]}
     file = replace_data(job, json.dumps([record], indent=1))
     message = refused(job)
-    assert f"{file}:2: conversation 'lonely' has no assistant turn" in message
+    assert f"{file}:2: conversation 'lonely': no assistant turn" in message
 
 
 def test_json_syntax_error(job: Path) -> None:

@@ -16,9 +16,10 @@ from sft_job.config import load
 from sft_job.errors import ConfigError, HardwareError, ModelError
 from sft_job.facts import ModelFacts, read_facts
 from sft_job.families import Obstacle
+from sft_job.files import publish_dir
 from sft_job.hardware import Hardware
 from sft_job.plan import LOST, lost_lines, plan_of, processes, resolve, schedule_of, show
-from sft_job.prepared import DataStats, find_prepared, model_facts, prepared_key
+from sft_job.prepared import DataStats, find_prepared, model_facts, prepared_key, write_stamp
 
 A100 = Hardware("cuda", 8, "NVIDIA A100-SXM4-80GB", (8, 0), True, 80.0)
 V100 = Hardware("cuda", 8, "Tesla V100-SXM2-32GB", (7, 0), False, 32.0)
@@ -742,12 +743,9 @@ def test_the_key_does_not_change_with_what_comes_later(override, job_file):
     assert prepared_key(load(job_file, [override])) == prepared_key(load(job_file))
 
 
-@pytest.fixture
-def prepared(job_file, tmp_path) -> Path:
+def prepare(job_file: Path, **changes: object) -> Path:
     """Encoded data and a model in the cache, as `data encode` leaves them; the data folder."""
-    cache = tmp_path / ".sft_job_cache"
-    folder = cache / "tokens/f"
-    folder.mkdir(parents=True)
+    cache = job_file.parent / ".sft_job_cache"
     meta = {
         "fingerprint": "f",
         "conversations": 3,
@@ -758,16 +756,17 @@ def prepared(job_file, tmp_path) -> Path:
         "begin": None,
         "end": "<|im_end|>",
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "lengths.bin").write_bytes(array("I", [10, 20]).tobytes())
-    stamp = {
-        "model_folder": str(model_folder(cache / "models/m")),
-        "data_folder": str(folder),
-    }
-    (cache / "prepared").mkdir()
-    key = prepared_key(load(job_file))[:32]
-    (cache / "prepared" / f"{key}.json").write_text(json.dumps(stamp))
+    folder = cache / "tokens/f"
+    with publish_dir(folder) as building:
+        (building / "meta.json").write_text(json.dumps(meta | changes))
+        (building / "lengths.bin").write_bytes(array("I", [10, 20]).tobytes())
+    write_stamp(load(job_file), model_folder(cache / "models/m"), folder, ["a note of the model"])
     return folder
+
+
+@pytest.fixture
+def prepared(job_file: Path) -> Path:
+    return prepare(job_file)
 
 
 def test_what_was_prepared_is_found(job_file, prepared):
@@ -778,10 +777,9 @@ def test_what_was_prepared_is_found(job_file, prepared):
     assert (found.stats.conversations, found.stats.supervised_tokens) == (3, 12)
 
 
-def test_lazy_data_has_no_lengths(job_file, prepared):
+def test_lazy_data_has_no_lengths(job_file):
     """tokens is null in what was prepared."""
-    meta = json.loads((prepared / "meta.json").read_text()) | {"tokens": None}
-    (prepared / "meta.json").write_text(json.dumps(meta))
+    prepare(job_file, tokens=None)
     assert find_prepared(load(job_file)).stats.lengths is None
 
 
@@ -804,6 +802,7 @@ def test_the_plan_of_a_prepared_job_knows_its_steps(job_file, prepared, monkeypa
     assert plan.main([str(job_file), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["steps"], shown["tokens"], shown["precision"]["value"]) == (3, 30, "fp32")
+    assert "a note of the model" in shown["notes"]
     plan.main([str(job_file), "train.global_batch_size=1"])
     assert "steps        6 of 1 conversations (2 an epoch)" in capsys.readouterr().out
 

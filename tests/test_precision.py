@@ -150,7 +150,7 @@ def test_an_overflow_that_no_scale_prevents_ends_the_job(
     )
     assert f"({job.parent / 'data.json'}:" in result.stderr
     assert "use GPUs that have bf16, or train.precision=fp32" in result.stderr
-    assert "lower train.learning_rate; the checkpoint of step 14 is good" in result.stderr
+    assert "lower train.learning_rate; the last checkpoint, of step 14, is whole" in result.stderr
 
 
 def test_activations_that_do_not_fit_fp16(tmp_path: Path, job: Path) -> None:
