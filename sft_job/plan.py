@@ -440,27 +440,25 @@ def plan_of(
     wanted = attention.candidates(config.model.attention, machine)
     # A worker has torch already; the launcher must not wait for it.
     packages = attention.installed(imported=wanted if "torch" in sys.modules else ())
-    prepared = find_prepared(config)
-    facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
-    world = world_size or processes(config, machine)
-    plan = resolve(config, machine, world, stats, facts, packages)
-    return _with_notes(plan, prepared), prepared
-
-
-def _with_notes(plan: Plan, prepared: Prepared | None) -> Plan:
-    """What was found out while the model was prepared is said in every plan."""
-    found = prepared.notes if prepared else ()
-    return dataclasses.replace(plan, notes=(*found, *plan.notes))
+    world, prepared = world_size or processes(config, machine), find_prepared(config)
+    return _of_prepared(config, machine, world, prepared, packages), prepared
 
 
 def plan_for(config: JobConfig, gpu: str, count: int, mfu: float | None) -> Plan:
     """The plan for `count` GPUs that need not be here, in the image that is made for them."""
-    machine = hardware.named(gpu, count)
-    prepared = find_prepared(config)
+    machine, prepared = hardware.named(gpu, count), find_prepared(config)
+    return _of_prepared(config, machine, count, prepared, attention.image_packages(machine), mfu)
+
+
+def _of_prepared(
+    config: JobConfig, machine: Hardware, world: int, prepared: Prepared | None,
+    packages: Mapping[str, Package], mfu: float | None = None,
+) -> Plan:  # fmt: skip
     facts, stats = model_facts(config, prepared), prepared.stats if prepared else None
-    packages = attention.image_packages(machine)
-    plan = resolve(config, machine, count, stats, facts, packages, mfu)
-    return _with_notes(plan, prepared)
+    plan = resolve(config, machine, world, stats, facts, packages, mfu)
+    # What was found out while the model was prepared is said in every plan.
+    notes = prepared.notes if prepared else ()
+    return dataclasses.replace(plan, notes=(*notes, *plan.notes))
 
 
 def processes(config: JobConfig, machine: Hardware) -> int:

@@ -91,7 +91,7 @@ def fault(world: Any, folder: Path, family: str, attention: str, engine: str) ->
         setup.close()
         tokenizer = load_tokenizer(setup.folder)
         export.write(
-            setup.run_dir.model,
+            setup.trainer.attempt,
             setup.model,
             trainer.full_parameters(setup.config)(setup.model),
             tokenizer,

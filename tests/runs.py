@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -299,7 +300,8 @@ def _rank_main(
         joined = world.join(
             place, hardware.detect(), Run(dir="/nowhere", gloo_timeout_s=GLOO_TIMEOUT_S)
         )
-        queue.put((rank, function(joined, *arguments), None))
+        # Of a tensor the queue would send a handle, good for as long as this process lives.
+        queue.put((rank, pickle.dumps(function(joined, *arguments)), None))
         world.leave()
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
@@ -342,7 +344,7 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[A
                 assert not killed, f"ended without a word (rank: exit code): {killed}"
                 continue
             assert error is None, f"rank {rank}:\n{error}"
-            results[rank] = value
+            results[rank] = pickle.loads(value)
     finally:
         for process in processes:
             process.join(timeout=20)

@@ -203,7 +203,7 @@ def test_configuration_is_read_by_attribute():
 
 def test_the_number_of_files_stays_in_the_budget():
     """As many as one can look through in a flat package, and no more before it gets folders."""
-    assert len(list(PACKAGE.glob("*.py"))) <= 66
+    assert len(list(PACKAGE.glob("*.py"))) <= 68
 
 
 def test_every_file_stays_in_the_budget():

@@ -100,7 +100,7 @@ def exports(world: Any, jobs: list[Path], overrides: list[list[str]]) -> list[to
             expected.append(setup.model(own_forward=True, **row)["logits"][0])
         tokenizer = load_tokenizer(setup.folder)
         export.write(
-            setup.run_dir.model,
+            setup.trainer.attempt,
             setup.model,
             fsdp.full_parameters(setup.model),
             tokenizer,
