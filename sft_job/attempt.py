@@ -30,6 +30,8 @@ from sft_job.rundir import RunDir
 
 # Record files that every attempt has one of, and the run directory one that is made from them.
 METRICS, STARTS = "metrics.jsonl", "attempts.jsonl"
+# No number of a record is greater: damaged ones may be infinite, or no float can hold them.
+MOST = 1e18
 
 
 class Attempt:
@@ -61,13 +63,19 @@ class Attempt:
                     remedy="free some space, or choose a run.dir that this user may write to",
                 ) from error
         attempt = cls(run_dir, number)
+        # Of a run that was removed; before anybody can know of this attempt, and ask it to stop.
+        run_dir.stop_file(number).unlink(missing_ok=True)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         write_atomically(run_dir.owner(number), json.dumps(owner) + "\n")
         return attempt
 
     def superseded_by(self) -> int | None:
-        """A later attempt, if there is one; file servers may tell of it late."""
-        newest = self.run_dir.newest_attempt()
+        """A later attempt, if there is one; file servers may tell of it late, or not at all for
+        a while: nothing rests on it."""
+        try:
+            newest = self.run_dir.newest_attempt()
+        except OSError:
+            return None
         return newest if newest > self.number else None
 
     def refuse_if_superseded(self) -> None:
@@ -141,18 +149,23 @@ def _gather(run_dir: RunDir, name: str) -> Iterable[dict[str, Any]]:
     versions) are in the common file."""
     numbers = run_dir.attempts()
     own = {n: run_dir.attempt(n) / name for n in numbers if run_dir.attempt(n).is_dir()}
-    common = read_records(run_dir.path / name)
-    records = [record for record in common if record.get("attempt") not in own]
-    for file in own.values():
-        records += read_records(file)
+    records = [
+        record
+        for record in read_records(run_dir.path / name)
+        if record.get("attempt") in [n for n in numbers if n not in own]
+    ]
+    for number, file in own.items():
+        records += [record | {"attempt": number} for record in read_records(file)]
     return records
 
 
 def _valid(records: Iterable[dict[str, Any]], fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those with an attempt and these fields; a damaged file may hold anything."""
-    wanted = {"attempt": int, **fields}
+    """Those with these fields; a damaged file may hold anything."""
     return [
         record
         for record in records
-        if all(isinstance(record.get(key), kind) for key, kind in wanted.items())
+        if all(
+            isinstance(record.get(key), kind) and abs(record[key]) < MOST
+            for key, kind in fields.items()
+        )
     ]

@@ -17,14 +17,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from sft_job import seal
 from sft_job.attempt import Attempt
 from sft_job.errors import CheckpointError, DiskSpaceError, SftJobError
-from sft_job.files import discard, make_folder, read_json, settle
+from sft_job.files import discard, make_folder, put_aside, read_json, settle
 from sft_job.files import publish as publish_folder
 from sft_job.rundir import RunDir
 from sft_job.world import World
@@ -145,10 +148,12 @@ def _write_parts(beside: Path, write: Callable[[Path], None], world: World) -> d
 def _make_visible(attempt: Attempt, beside: Path, manifest: dict[str, Any]) -> bool:
     """The manifest into the folder, and the folder to its place; see `publish`."""
     folder = attempt.run_dir.checkpoint(manifest["step"])
-    text = json.dumps(manifest | {"seal": _manifest_seal(manifest)}, indent=1) + "\n"
+    text = json.dumps(seal.sealed(manifest), indent=1) + "\n"
     (beside / MANIFEST).write_text(text)
     settle(beside)
     attempt.refuse_if_superseded()
+    if os.path.lexists(folder) and not folder.is_dir():
+        put_aside(folder)
     while not publish_folder(beside, folder):
         if fault(folder) is None and _unloadable(attempt.run_dir, folder) is None:
             discard(beside)
@@ -181,21 +186,6 @@ def _seal(file: Path) -> dict[str, Any]:
         os.fsync(handle.fileno())
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _manifest_seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of everything else that the manifest says."""
-    rest = {key: value for key, value in manifest.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def clear_left_over(attempt: Attempt) -> None:
-    """Delete what attempts before this one have left half written. One of them may still be
-    alive: it finds its folder gone and publishes nothing."""
-    for left in attempt.run_dir.checkpoints.glob(".*"):
-        match = re.fullmatch(r"\.step-\d+(?:\.attempt-(\d+))?\.tmp|\.discarded-.*", left.name)
-        if match and (match[1] is None or int(match[1]) < attempt.number):
-            discard(left)
 
 
 def not_written(
@@ -269,6 +259,35 @@ def _is_disk_full(error: BaseException) -> bool:
     return False
 
 
+# What torch, gloo and allocators say of other things than a file.
+_OF_THE_MACHINE = re.compile(
+    r"by peer|[Rr]emote process|Broken pipe|[Tt]imed? ?out|pair closure|NCCL|CUDA|"
+    r"allocate memory|[Oo]ut of memory|bad_alloc"
+)
+
+
+def is_blamed_by(error: BaseException) -> bool:
+    """Whether a failure to load one says that it is damaged. When a rank was killed, the others
+    fail for want of it, in the midst of loading too; memory and file servers fail for a while."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError | dist.DistError):
+            return False
+        if isinstance(seen, OSError) and seen.errno not in _OF_A_FILE:
+            return False
+        if isinstance(seen, RuntimeError) and _OF_THE_MACHINE.search(str(seen)):
+            return False
+        failures = getattr(seen, "failures", {})
+        if not all(is_blamed_by(inner) for inner, _ in failures.values()):
+            return False
+        seen = seen.__cause__ or seen.__context__
+    return True
+
+
+# A file that is not there, or not what it should be: asked for by a damaged one, once it verified.
+_OF_A_FILE = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG)
+
+
 def find(
     run_dir: RunDir, world: World, *, engine: str, data: str, weights: str | None = None
 ) -> tuple[Found | None, list[str]]:
@@ -338,8 +357,8 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        except (OSError, ValueError) as error:  # or a name that no file can have
+            return f"{name} cannot be read ({_root(error)})"
         if digest != sealed["sha256"]:
             return f"{name} was changed after it was written (SHA-256 differs)"
     return None
@@ -355,11 +374,13 @@ def _manifest_fault(folder: Path, manifest: Any) -> str | None:
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             return f"its manifest is damaged ({key} is {manifest.get(key)!r:.40})"
-    if "seal" in manifest and manifest["seal"] != _manifest_seal(manifest):
+    if "seal" in manifest and not seal.is_sealed(manifest):
         return "its manifest was changed after it was written"
     if folder.name != f"step-{manifest['step']:08d}":
         return f"its manifest is of step {manifest['step']}"
     files = manifest["files"]
+    if not 0 < manifest["world_size"] <= len(files):
+        return f"its manifest is damaged (world_size is {manifest['world_size']})"
     for name, sealed in files.items():
         whole = isinstance(sealed, dict) and {"bytes", "sha256"} <= sealed.keys()
         inside = ".." not in Path(name).parts and not Path(name).is_absolute()

@@ -136,7 +136,8 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def requested(self) -> bool:
-        if self.reason is None and self.file is not None and self.file.exists():
+        # Not Path.exists: a file server that fails for a moment is no reason to fail.
+        if self.reason is None and self.file is not None and os.path.exists(self.file):
             said = ""
             with contextlib.suppress(OSError):
                 said = self.file.read_text(encoding="utf-8", errors="replace").strip()

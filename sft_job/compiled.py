@@ -104,7 +104,7 @@ def _alone(file: Path, what: str, limit_s: float) -> Iterator[bool]:
     that there are no locks here: then it yields False."""
     place = file.with_name(f"{file.name}.lock")
     deadline, said = time.monotonic() + limit_s, False
-    with open(place, "a+", encoding="utf-8") as lock:
+    with open(place, "a+", encoding="utf-8", errors="replace") as lock:
         while (locked := _locked(lock)) is False and not file.is_file():
             lock.seek(0)
             holder = lock.read().strip() or "of unknown number"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from sft_job import cli
+from sft_job import cli, launcher
 from sft_job.config import load
 from sft_job.conversations import (
     NOTHING_LEFT,
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
         validate(config)
     elif args.command == "encode":
         cli.stop_at_once()
+        if launcher.ENCODES_FOR in os.environ:
+            launcher.die_with_parent(int(os.environ[launcher.ENCODES_FOR]), signal.SIGTERM)
         cli.output_is_not_essential()
         encode_job(config)
     else:

@@ -70,10 +70,11 @@ def write(
     beside = run_dir.model.with_name(f".{run_dir.model.name}.attempt-{attempt.number}.tmp")
     writer = _ShardWriter(beside) if world.is_main else None
     digests: dict[str, str] = {}
-    since = 0
-    with _room(run_dir, needed_bytes):
+
+    def gather() -> None:
+        since = 0
         if writer is not None:
-            _clear_left_over(attempt)
+            discard(beside)
             beside.mkdir(parents=True)
         for name, value in parameters:
             since += value.numel() * dtype.itemsize  # counted alike by all ranks
@@ -85,7 +86,6 @@ def write(
                 tensor = value.to("cpu", dtype, copy=True).contiguous()
                 digests[name] = _digest(tensor)
                 writer.add(name, tensor)
-    pause()
 
     def finish() -> Any:
         assert writer is not None
@@ -109,7 +109,15 @@ def write(
             settle(beside)
             return result.publish_model(attempt, beside)
 
-    return world.on_main(finish)
+    try:
+        with _room(run_dir, needed_bytes):
+            gather()
+        pause()
+        return world.on_main(finish)
+    except BaseException:
+        if writer is not None:  # its room is needed for whatever comes next
+            discard(beside)
+        raise
 
 
 @contextlib.contextmanager
@@ -119,14 +127,6 @@ def _room(run_dir: RunDir, needed: int | None) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         raise checkpoint.not_written(run_dir, "model", error, needed) from error
-
-
-def _clear_left_over(attempt: Attempt) -> None:
-    """Delete what this attempt and those before it have left half written."""
-    for left in attempt.run_dir.path.glob(".model.*"):
-        number = left.name.removeprefix(".model.attempt-").removesuffix(".tmp")
-        if left.name == ".model.tmp" or (number.isdigit() and int(number) <= attempt.number):
-            discard(left)
 
 
 class _ShardWriter:

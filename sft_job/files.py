@@ -16,11 +16,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,8 @@ _RENAME_NOREPLACE, _AT_FDCWD = 1, -100
 # In a folder of the cache that is being built: locked by its builder, so that others can tell
 # whether it is alive.
 _BUILDER = ".builder"
+# A builder surely has its lock so long after its folder was made, by the clocks of two machines.
+MAKING_S = 3600.0
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -154,7 +158,7 @@ def translated(error: OSError) -> SftJobError | None:
         return FileError(
             reason, where=place, remedy="have it opened to this user, or name another place"
         )
-    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return FileError(reason, where=place, remedy="name another place")
     if error.errno in (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO):
         return SftJobError(
@@ -256,10 +260,13 @@ def publish_dir(path: Path) -> Iterator[Path]:
             _try_lock(alive.fileno())
             os.rename(alive.name, beside / _BUILDER)  # never seen without its lock
             yield beside
-            (beside / _BUILDER).unlink()
-            (beside / seal.SEAL).write_text(json.dumps(seal.make(beside)) + "\n")
+            names = [p.relative_to(beside).as_posix() for p in beside.rglob("*") if p.is_file()]
+            names.remove(_BUILDER)  # it stays to the end: flushing to disk takes long
+            (beside / seal.SEAL).write_text(json.dumps(seal.make(beside, names)) + "\n")
             settle(beside)
-            if not publish(beside, path):
+            if publish(beside, path):
+                (path / _BUILDER).unlink(missing_ok=True)
+            else:
                 shutil.rmtree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -269,6 +276,8 @@ def publish_dir(path: Path) -> Iterator[Path]:
 def is_intact(path: Path) -> bool:
     """Whether a folder of the cache is there and as it was published; a damaged one is deleted."""
     if not path.is_dir():
+        if os.path.lexists(path):
+            print(f"note: {path} is no folder: now {put_aside(path).name}", file=sys.stderr)
         return False
     reason = seal.fault(path)
     if reason is not None:
@@ -278,13 +287,16 @@ def is_intact(path: Path) -> bool:
 
 
 def _clear_dead(path: Path) -> None:
-    for left in path.parent.glob(f".{path.name}.*"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
         try:
             with open(left / _BUILDER) as owner:
                 if _try_lock(owner.fileno()):
                     discard(left)
         except OSError:
-            continue  # gone meanwhile, or just being made
+            # Gone meanwhile, or just being made; or never, since its builder was killed.
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > MAKING_S:
+                    discard(left)
 
 
 def _try_lock(handle: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import re
 import socket
 import stat
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_job import slurm
-from sft_job.attempt import metric_records, start_records
+from sft_job.attempt import MOST, metric_records, start_records
 from sft_job.errors import EXIT_INTERRUPTED, RunDirError, SlurmError
 from sft_job.files import read_json, read_records
 from sft_job.rundir import RunDir
@@ -193,7 +192,7 @@ def time_used(run_dir: RunDir) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < MOST  # not NaN either
 
 
 def status(run_dir: RunDir) -> Iterator[str]:

@@ -10,6 +10,7 @@ made anew from the other, and every checkpoint says of which data and weights it
       data          fingerprint of the encoded data
       config        config.json of the base model
       weights       SHA-256 over the seals of its weight files
+      seal          SHA-256 of all this
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def refuse_changed_content(run_dir: RunDir, config: JobConfig, prepared: Prepare
         "weights": weights(prepared),
     }
     if (before := _read(run_dir)) is None:
-        create(run_dir.identity, json.dumps(now, indent=1) + "\n")
-        before = read_json(run_dir.identity)
+        create(run_dir.identity, json.dumps(seal.sealed(now), indent=1) + "\n")
+        before = _read(run_dir) or now
     if before.get("data") != now["data"]:
         raise RunDirError(
             "the data or its encoding has changed since this run began (files, tokenizer, "
@@ -94,11 +95,12 @@ def _read(run_dir: RunDir) -> dict[str, Any] | None:
         return None
     except (ValueError, IsADirectoryError):
         before = None
-    if not isinstance(before, dict):
+    if not seal.is_sealed(before):
         aside = put_aside(run_dir.identity)
         print(f"note: {run_dir.identity} was damaged: put aside as {aside.name}", file=sys.stderr)
         return None
-    return before
+    found: dict[str, Any] = before
+    return found
 
 
 def _refuse_another_config(run_dir: RunDir, before: Any, now: Any) -> None:
@@ -145,6 +147,6 @@ def weights(prepared: Prepared) -> str:
     """SHA-256 over the seals of the weight files."""
     sealed = prepared.model_seal
     if sealed is None:
-        sealed = read_json(Path(prepared.model_folder) / seal.SEAL)
+        sealed = seal.read(Path(prepared.model_folder))
     files = {n: f for n, f in sealed["files"].items() if n.endswith(".safetensors")}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -34,6 +34,9 @@ from sft_job.workers import ATTEMPT, BEGAN, LAUNCHED, Place, began, training_env
 # which the others find it.
 REPORT_TO, LISTENER = "SFT_JOB_REPORT_TO", "SFT_JOB_LISTENER"
 
+# Of a process that makes the data ready: the one that waits for it.
+ENCODES_FOR = "SFT_JOB_ENCODES_FOR"
+
 # After one worker has failed, the others get so long to say why before they are killed.
 GRACE_S = 3.0
 # A job that was asked to stop waits so long for a worker that something else has stopped.

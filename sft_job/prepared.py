@@ -175,12 +175,15 @@ def _read_stamp(file: Path) -> Prepared:
     # A plan is made from these; the rest is looked at by all ranks together.
     if reason := seal.fault(data_folder, names={"meta.json", "lengths.bin"}):
         raise ValueError(reason)
+    model_seal = stamp["model_seal"]
+    if not seal.is_whole(seal.read(model_folder) if model_seal is None else model_seal):
+        raise ValueError("the seal of the model is damaged")
     return Prepared(
         str(model_folder),
         str(data_folder),
         read_stats(data_folder),
         tuple(map(str, stamp["notes"])),
-        stamp["model_seal"],
+        model_seal,
     )
 
 

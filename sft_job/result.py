@@ -15,7 +15,7 @@ from typing import Any
 
 from sft_job import seal
 from sft_job.attempt import Attempt
-from sft_job.files import create, publish, put_aside, read_json, write_atomically
+from sft_job.files import create, discard, publish, put_aside, read_json, write_atomically
 from sft_job.modelfiles import weight_files
 from sft_job.rundir import RunDir
 
@@ -31,6 +31,8 @@ def model_fault(run_dir: RunDir) -> str | None:
         return f"DONE cannot be read ({error})"
     if isinstance(record, dict) and isinstance(record.get("model"), dict):
         return seal.fault(run_dir.model, record["model"])
+    if any(run_dir.written_model(attempt).is_file() for attempt in run_dir.attempts()):
+        return "DONE is damaged"
     try:
         weights = weight_files(run_dir.model)
     except (OSError, ValueError, LookupError) as error:
@@ -53,6 +55,13 @@ def written_before(run_dir: RunDir) -> Any:
     return None
 
 
+def clear_left_over(attempt: Attempt) -> None:
+    """Delete what attempts before this one have left half written. One of them may still be
+    alive: it finds its folder gone and publishes nothing."""
+    for left in attempt.run_dir.half_made(attempt.number):
+        discard(left)
+
+
 def publish_model(attempt: Attempt, beside: Path) -> Any:
     """Give a finished model its name. If another attempt has published one that is whole, that
     one stays; anything else of that name is put aside.
@@ -70,6 +79,7 @@ def publish_model(attempt: Attempt, beside: Path) -> Any:
         put_aside(run_dir.model)
     while not publish(beside, run_dir.model):
         if (before := written_before(run_dir)) is not None:
+            discard(beside)
             return before
         put_aside(run_dir.model)
     return written
@@ -79,6 +89,12 @@ def mark_done(attempt: Attempt, step: int, written: Any) -> None:
     """The last thing that a run does. A mark that is there already speaks of the same model."""
     record = {"step": step, "attempt": attempt.number, "time": time.time(), "model": written}
     create(attempt.run_dir.done, json.dumps(record) + "\n")
+
+
+def mark_again(run_dir: RunDir, written: Any) -> None:
+    """Make DONE anew, which is damaged beside a model that is as it was written."""
+    unmark(run_dir)
+    create(run_dir.done, json.dumps({"time": time.time(), "model": written}) + "\n")
 
 
 def unmark(run_dir: RunDir) -> Path:

@@ -47,12 +47,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from sft_job import seal
 from sft_job.config import read_stored, stored
-from sft_job.errors import RunDirError
+from sft_job.errors import Interrupted, RunDirError
 from sft_job.files import create, parse_json, put_aside, read_json
 from sft_job.schema import JobConfig
 
 _STEP = re.compile(r"step-(\d{8,})")
+_HALF_MADE = re.compile(r"\.(?:step-\d+|model)(?:\.attempt-(\d+))?\.tmp|\.discarded-.*")
 # What a start may leave that was ended before the directory was this job's.
 _OURS = re.compile(r"\.lock|\.submit|\.(job\.json|config\.yaml)\..*|\.nfs.*")
 
@@ -148,6 +150,13 @@ class RunDir:
         matches = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted((int(m[1]) for m in matches if m), reverse=True)
 
+    def half_made(self, before: int) -> list[Path]:
+        """Checkpoints and models that attempts before this one have left without a name, and
+        what was being deleted."""
+        found = [*self.checkpoints.glob(".*"), *self.path.glob(".*")]
+        matches = [(path, _HALF_MADE.fullmatch(path.name)) for path in found]
+        return [path for path, m in matches if m and (m[1] is None or int(m[1]) < before)]
+
     def attempts(self) -> list[int]:
         """The numbers of all attempts, oldest first. Those of versions that made no folder for
         each have left their logs."""
@@ -169,9 +178,9 @@ class RunDir:
         """Why an attempt was stopped on request; None when it was not."""
         try:
             marker = read_json(self.interrupted(attempt))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:  # cut off by a full disk or a lost machine
+        except (ValueError, IsADirectoryError):  # cut off by a full disk or a lost machine
             return "interrupted"
         message = marker.get("message") if isinstance(marker, dict) else None
         return str(message or "interrupted")
@@ -196,16 +205,24 @@ class RunDir:
 
         Raises:
             RunDirError: somebody else holds it, or nothing can be written here.
+            Interrupted: asked to stop while waiting.
         """
         file, made = self.path / name, self._make()
         deadline = time.monotonic() + patience_s
         try:
             while (lock := self._lock(file)) is None:
-                if time.monotonic() >= deadline or given_up():
+                said = f"another process is {_holder(file, doing)}"
+                if time.monotonic() >= deadline:
                     raise RunDirError(
-                        f"another process is {_holder(file, doing)}",
+                        said,
                         where=str(self.path),
                         remedy="wait for it, or give this job a run.dir of its own",
+                    )
+                if given_up():
+                    raise Interrupted(
+                        f"interrupted while it waited: {said}",
+                        where=str(self.path),
+                        remedy="run the same command again",
                     )
                 time.sleep(0.2)
         except OSError as error:
@@ -319,7 +336,12 @@ class RunDir:
             raise self._unwritable(error) from error
 
     def _refuse_another_job(self, config: JobConfig) -> None:
-        before, now = self._settings(), config.identity()
+        first, now = self._first_settings(), config.identity()
+        if first == now:
+            return  # whatever has become of job.json
+        before = self._settings()
+        if before == now and first is not None:  # somebody has edited job.json
+            before = now | {key: first[key] for key in first.keys() & now.keys()}
         changed = [
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
@@ -333,15 +355,14 @@ class RunDir:
             )
 
     def _settings(self) -> dict[str, Any]:
-        """What the job of this directory has been from the beginning (`JobConfig.identity`).
-        A job.json that is gone or damaged is made up for by identity.json."""
+        """What job.json says of the job (`JobConfig.identity`), or identity.json where that is
+        gone or damaged."""
         try:
             text = self.job_file.read_text(encoding="utf-8")
             parse_json(text.encode())
         except (ValueError, OSError) as error:
-            with suppress(OSError, ValueError, LookupError, TypeError):
-                settings = read_json(self.identity)["settings"]
-                return dict(settings)
+            if (settings := self._first_settings()) is not None:
+                return settings
             raise RunDirError(
                 "job.json is damaged, so it cannot be told whose run this is",
                 where=str(self.job_file),
@@ -357,13 +378,24 @@ class RunDir:
                 remedy="give the job a run.dir of its own",
             ) from error
 
+    def _first_settings(self) -> dict[str, Any] | None:
+        """What the first attempt wrote down; None where there is none, or it is damaged."""
+        try:
+            record = read_json(self.identity)
+        except (OSError, ValueError):
+            return None
+        settings = record.get("settings") if seal.is_sealed(record) else None
+        return settings if isinstance(settings, dict) else None
+
     def _mend(self, config: JobConfig) -> None:
         """Write job.json again where it is damaged; this job was found to be the same."""
-        try:
-            read_json(self.job_file)
-        except (ValueError, OSError):
-            put_aside(self.job_file)
-            create(self.job_file, stored(config))
+        with suppress(ValueError, OSError):
+            if read_stored(self.job_file.read_text(encoding="utf-8")).identity() == (
+                config.identity()
+            ):
+                return
+        put_aside(self.job_file)
+        create(self.job_file, stored(config))
 
 
 class CacheDir:
@@ -387,7 +419,7 @@ def _holder(lock: Path, doing: str) -> str:
     try:
         owner = read_json(lock)
         host, pid, doing = owner["host"], int(owner["pid"]), str(owner["doing"])
-    except (OSError, ValueError, LookupError, TypeError):  # just being written
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):  # just being written
         return doing
     said = f"{doing}: process {pid} on {host}"
     if host == socket.gethostname():

@@ -1,6 +1,7 @@
 """What a folder holds: size and SHA-256 of its files, in blocks, so that many may look at once.
 
-    {"block_bytes": 268435456, "files": {"tokens.bin": {"bytes": 4194304, "sha256": ["9f2c..."]}}}
+    {"block_bytes": 268435456, "files": {"tokens.bin": {"bytes": 4194304, "sha256": ["9f2c..."]}},
+     "seal": "41d0..."}
 
 A cache folder carries its seal from the moment it was built (`rundir.publish_dir`); the seal of
 what belongs to the user, a base model that is trained from as it is, is in the stamp of the
@@ -39,10 +40,10 @@ def make(folder: Path, names: Iterable[str] | None = None) -> Seal:
     files = {name: (folder / name).stat().st_size for name in sorted(names)}
     blocks = [(name, index) for name, size in files.items() for index in _blocks(size)]
     digests = _digests(folder, blocks)
-    sealed: dict[str, Any] = {name: {"bytes": size, "sha256": []} for name, size in files.items()}
+    contents: dict[str, Any] = {name: {"bytes": size, "sha256": []} for name, size in files.items()}
     for (name, _), digest in zip(blocks, digests, strict=True):
-        sealed[name]["sha256"].append(digest)
-    return {"block_bytes": BLOCK_BYTES, "files": sealed}
+        contents[name]["sha256"].append(digest)
+    return sealed({"block_bytes": BLOCK_BYTES, "files": contents})
 
 
 def fault(
@@ -62,36 +63,71 @@ def fault(
     """
     if seal is None:
         try:
-            seal = json.loads((folder / SEAL).read_bytes())
-        except (OSError, ValueError) as error:
+            seal = read(folder)
+        except OSError as error:
             return f"{SEAL} cannot be read ({_reason(error)})"
-    if not _well_formed(seal):
+        except ValueError as error:
+            return f"{SEAL} {error}"
+    if not is_whole(seal):
         return f"{SEAL} is damaged"
     expected: list[tuple[tuple[str, int], str]] = []
-    for name, sealed in seal["files"].items():
+    for name, wanted in seal["files"].items():
         if names is not None and name not in names:
             continue
         try:
             size = (folder / name).stat().st_size
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name that no file can have
             return f"{name}: {_reason(error)}"
-        if size != sealed["bytes"]:
-            return f"{name} has {size:,} bytes, {sealed['bytes']:,} were written"
-        expected += [((name, i), digest) for i, digest in enumerate(sealed["sha256"])]
+        if size != wanted["bytes"]:
+            return f"{name} has {size:,} bytes, {wanted['bytes']:,} were written"
+        expected += [((name, i), digest) for i, digest in enumerate(wanted["sha256"])]
     mine = expected[part::parts]
     try:
         found = _digests(folder, [block for block, _ in mine])
     except OSError as error:
         return f"{error.filename}: {_reason(error)}"
-    for ((name, _), wanted), digest in zip(mine, found, strict=True):
-        if digest != wanted:
+    for ((name, _), right), digest in zip(mine, found, strict=True):
+        if digest != right:
             return f"{name} was changed after it was written (SHA-256 differs)"
     return None
 
 
-def _well_formed(seal: Any) -> bool:
-    """A damaged seal may hold anything."""
-    if not isinstance(seal, dict) or seal.get("block_bytes") != BLOCK_BYTES:
+def read(folder: Path) -> Seal:
+    """The seal in a folder.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    text = (folder / SEAL).read_bytes()
+    try:
+        seal = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("cannot be read (not JSON)") from error
+    if not is_whole(seal):
+        raise ValueError("is damaged")
+    found: Seal = seal
+    return found
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a checksum of itself, under "seal"."""
+    rest = {key: value for key, value in record.items() if key != "seal"}
+    text = json.dumps(rest, sort_keys=True)
+    return rest | {"seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sealed(record: Any) -> bool:
+    """Whether it is a record, and as it was when it got its checksum."""
+    try:
+        return isinstance(record, dict) and record.get("seal") == sealed(record)["seal"]
+    except RecursionError:
+        return False
+
+
+def is_whole(seal: Any) -> bool:
+    """A damaged seal may hold anything, and one that has lost a file would say nothing of it."""
+    if not is_sealed(seal) or seal.get("block_bytes") != BLOCK_BYTES:
         return False
     files = seal.get("files")
     return (
@@ -99,7 +135,8 @@ def _well_formed(seal: Any) -> bool:
         and bool(files)
         and all(
             isinstance(one, dict)
-            and isinstance(one.get("bytes"), int)
+            and type(one.get("bytes")) is int
+            and 0 <= one["bytes"] < 2**63
             and isinstance(one.get("sha256"), list)
             and len(one["sha256"]) == len(_blocks(one["bytes"]))
             for one in files.values()

@@ -6,7 +6,10 @@ be refused is refused before the run directory becomes this job's.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +23,7 @@ from sft_job.cli import StopRequest
 from sft_job.errors import DiskSpaceError, Interrupted, RunDirError, SftJobError, UserError
 from sft_job.files import put_aside
 from sft_job.hardware import Hardware
+from sft_job.launcher import ENCODES_FOR, SILENT_S
 from sft_job.plan import Plan, plan_of
 from sft_job.prepared import Prepared, find_prepared
 from sft_job.rundir import RunDir
@@ -83,6 +87,10 @@ def is_done(run_dir: RunDir) -> bool:
     if not run_dir.done.exists():
         return False
     reason = result.model_fault(run_dir)
+    if reason is not None and (written := result.written_before(run_dir)) is not None:
+        result.mark_again(run_dir, written)
+        print("note: DONE was damaged and is made anew; the model is whole", file=sys.stderr)
+        reason = None
     if reason is None:
         print(f"this job is done; its model is in {run_dir.model}")
         return True
@@ -112,7 +120,12 @@ def prepare(config: JobConfig, job: Path, overrides: Sequence[str], stop: StopRe
         return
     command = [sys.executable, "-m", "sft_job.data", "encode", str(job), *overrides]
     child = subprocess.Popen(
-        command, start_new_session=True, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | {ENCODES_FOR: str(os.getpid())},
     )
     said: list[str] = []
     reader = threading.Thread(target=_forward, args=(child.stderr, said))
@@ -121,9 +134,7 @@ def prepare(config: JobConfig, job: Path, overrides: Sequence[str], stop: StopRe
         while child.poll() is None and not stop.requested():
             time.sleep(POLL_S)
     finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
+        _end(child, stop)
         reader.join()
     if child.returncode and stop.requested():  # by us, or by a signal to all processes
         what = f"interrupted by {stop.reason} while preparing the data"
@@ -134,6 +145,20 @@ def prepare(config: JobConfig, job: Path, overrides: Sequence[str], stop: StopRe
         )
         kind = UserError if child.returncode == UserError.exit_code else SftJobError
         raise kind(message)
+
+
+def _end(child: subprocess.Popen[str], stop: StopRequest) -> None:
+    """Ask it to clear away what is half made; end it if it does not, as one that is stopped.
+    The next one clears away what is then left."""
+    if child.poll() is not None:
+        return
+    child.terminate()
+    deadline = time.monotonic() + SILENT_S
+    while child.poll() is None and time.monotonic() < deadline and stop.times < 3:
+        time.sleep(POLL_S)
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _forward(lines: Iterable[str], said: list[str]) -> None:
@@ -153,14 +178,26 @@ def refuse_small_disk(run_dir: RunDir, plan: Plan) -> None:
     """
     if plan.checkpoint_bytes is None or plan.model_bytes is None:
         return
-    needed, free = plan.checkpoint_bytes + plan.model_bytes, shutil.disk_usage(run_dir.path).free
+    needed, what = plan.checkpoint_bytes + plan.model_bytes, "one checkpoint and the model need"
+    if run_dir.checkpoint_steps()[:1] == [plan.steps]:
+        needed, what = plan.model_bytes, "the model needs"  # all that is left to do
+    # The ranks begin by deleting what earlier attempts have left half written.
+    free = shutil.disk_usage(run_dir.path).free + _used(run_dir.half_made(sys.maxsize))
     if free < needed:
         raise DiskSpaceError(
-            f"no room: one checkpoint and the model need {needed / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB are free",
+            f"no room: {what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
             where=str(run_dir.path),
             remedy="free some space or choose another run.dir; nothing has been started",
         )
+
+
+def _used(folders: Iterable[Path]) -> int:
+    """Bytes on disk; what vanishes meanwhile counts nothing."""
+    used = 0
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            used += 512 * path.lstat().st_blocks
+    return used
 
 
 def wait_until_seen(config: JobConfig, limit_s: float) -> Prepared:

@@ -83,7 +83,6 @@ def _attempt(run_dir: RunDir, count: int, argv: Sequence[str], stop: StopRequest
     try:
         make_folder(run_dir.logs(number).parent)
         make_folder(run_dir.logs(number))
-        run_dir.stop_file(number).unlink(missing_ok=True)  # left of a run that was removed
         crew = Workers(run_dir, number, count)
         crew.start(argv)
         crew.wait(stop)
@@ -97,11 +96,16 @@ def _attempt(run_dir: RunDir, count: int, argv: Sequence[str], stop: StopRequest
             )
     except Interrupted as error:
         if run_dir.interruption(number) is None:
-            attempt.interrupt(error.what)
-        raise Interrupted(
-            error.what, where=str(run_dir.path), remedy="run the same command again to go on"
-        ) from error
+            with contextlib.suppress(OSError):  # the exit code says it too; the disk may be full
+                attempt.interrupt(error.what)
+        raise _interrupted(run_dir, error.what) from error
     except SftJobError as error:
+        # The marks are the last that ranks write: what fails after them has lost nothing.
+        if run_dir.done.exists():
+            return True
+        if (message := run_dir.interruption(number)) is not None:
+            raise _interrupted(run_dir, message) from error
+        attempt.refuse_if_superseded()
         if unloadable := sorted(attempt.folder.glob("unloadable-*")):
             reason = unloadable[0].read_text(errors="replace").partition("\n")[0]
             step = int(unloadable[0].name.rpartition("-")[2])
@@ -115,6 +119,10 @@ def _attempt(run_dir: RunDir, count: int, argv: Sequence[str], stop: StopRequest
             run_dir.cause(number).write_text(f"error: {error}\n", encoding="utf-8")
         raise
     return True
+
+
+def _interrupted(run_dir: RunDir, what: str) -> Interrupted:
+    return Interrupted(what, where=str(run_dir.path), remedy="run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -198,13 +198,11 @@ class Rank:
         return True
 
     def _train(self) -> None:
-        from sft_job import checkpoint
-
         self.reporter = _reporter(self)
         try:
             if self.world.is_main:
                 self.attempt.refuse_if_superseded()
-                checkpoint.clear_left_over(self.attempt)
+                result.clear_left_over(self.attempt)
             prepared = self._intact()
             plan, _ = plan_of(self.config, self.world.size, self.machine)
             refuse_different_plans(self.world, self.config, plan)
@@ -354,7 +352,7 @@ def _run_trainer(sft: Any, attempt: Attempt, found: Any) -> None:
     except (SftJobError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a damaged pickle raises anything, torch its own BaseException
-        if not sft.loading:
+        if not sft.loading or not checkpoint.is_blamed_by(error):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         with contextlib.suppress(OSError):
@@ -420,7 +418,11 @@ def _meter(rank: Rank, plan: Plan, folder: Path, done: int) -> Any:
             refresh(run_dir)
     rank.world.barrier()
     facts = read_facts(folder)
-    starts = [entry["began"] for entry in start_records(run_dir) if "began" in entry]
+    starts = [
+        entry["began"]
+        for entry in start_records(run_dir)
+        if isinstance(entry.get("began"), int | float) and 0 < entry["began"] <= began
+    ]
     return Meter(
         operations=lambda work: flops.needed(facts, work),
         peak_flops=plan.peak_flops,

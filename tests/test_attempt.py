@@ -1,5 +1,6 @@
 """Attempts: a number is had by one alone, and the records of a run are those that count."""
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -130,3 +131,48 @@ def test_a_damaged_record_is_passed_over(damage: bytes, tmp_path: Path) -> None:
     assert steps(run) == [(1, 1), (1, 2)]
     refresh(run)
     assert [r["step"] for r in read_records(run.metrics_file)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"attempt": []}, {"attempt": {}}, {"attempt": 7, "resumed": 0}, {"attempt": "1"},
+        {"step": 10**400, "seconds": 1}, {"step": 1, "seconds": float("inf")}, {"began": "x"},
+        {"began": None, "resumed": []},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", [METRICS, STARTS])
+def test_a_record_with_anything_in_it_takes_nothing_away(
+    record: dict[str, object], name: str, tmp_path: Path
+) -> None:
+    """An attempt's file is about that attempt, whatever number a damaged line has."""
+    run = RunDir(tmp_path)
+    one = Attempt.claim(run)
+    one.append(METRICS, {"step": 1, "loss": 1.0, "seconds": 1.0})
+    for file in (one.folder / name, tmp_path / name):
+        append_line(file, json.dumps(record))
+    assert steps(run)[0] == (1, 1)
+    assert {r["attempt"] for r in attempts.start_records(run)} <= {1}
+    refresh(run)
+
+
+def test_a_request_to_stop_belongs_to_an_attempt_that_is_known(tmp_path: Path) -> None:
+    """One of a run that was removed is taken away before anybody can ask the new one to stop."""
+    run = RunDir(tmp_path)
+    run.stop_file(1).touch()
+    Attempt.claim(run)
+    assert not run.stop_file(1).exists()
+
+
+def test_a_file_server_that_fails_for_a_moment_ends_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking whether there is a later attempt only ends this one sooner."""
+    one = Attempt.claim(RunDir(tmp_path))
+
+    def fail(path: object) -> list[str]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(attempts.os, "listdir", fail)
+    one.refuse_if_superseded()
+    monkeypatch.undo()

@@ -1,14 +1,18 @@
 """Checkpoints on one process: published once, never replaced, believed only when they verify."""
 
+import errno
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from sft_job import checkpoint
+from sft_job import checkpoint, result
 from sft_job.attempt import Attempt
 from sft_job.checkpoint import MANIFEST
 from sft_job.errors import CheckpointError, DiskSpaceError, SupersededError
@@ -191,7 +195,7 @@ def test_an_older_attempt_cannot_publish_what_the_next_has_cleared_away(run: Run
 
     def write(folder: Path) -> None:
         (folder / "__0_0.distcp").write_bytes(b"half")
-        checkpoint.clear_left_over(Attempt.claim(run))
+        result.clear_left_over(Attempt.claim(run))
 
     with pytest.raises((SupersededError, CheckpointError)):
         checkpoint.publish(older, 6, write, Alone(), engine="fsdp", data="d", needed_bytes=None)
@@ -204,7 +208,7 @@ def test_what_earlier_attempts_left_is_cleared_away(run: RunDir) -> None:
              ".discarded-0123456789ab", ".other"]  # fmt: skip
     for name in names:
         (run.checkpoints / name).mkdir()
-    checkpoint.clear_left_over(Attempt(run, 3))
+    result.clear_left_over(Attempt(run, 3))
     left = sorted(p.name for p in run.checkpoints.iterdir() if p.name.startswith("."))
     assert left == [".other", ".step-00000006.attempt-3.tmp"]
 
@@ -244,3 +248,53 @@ def test_what_is_free_is_looked_at_after_a_write_has_failed(
         assert isinstance(failure, DiskSpaceError)
         assert f"no room: the checkpoint of step 6 needs 1.00 GiB, {said}" in str(failure)
         assert "resumes from the checkpoint of step 4, if it verifies" in str(failure)
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_put_aside(run: RunDir) -> None:
+    """Else no attempt would get beyond this step."""
+    run.checkpoint(6).write_text("a file")
+    assert save(Attempt(run, 1), 6)
+    assert find(run)[0] == 6
+    assert (run.checkpoints / "replaced-1-step-00000006").read_text() == "a file"
+
+
+def wrapped(error: BaseException) -> BaseException:
+    """As torch hands on what a rank has failed of."""
+    return CheckpointException("read", {1: (error, None)})
+
+
+GLOO = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:55010: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        (RuntimeError(GLOO), False),
+        (RuntimeError("Timed out waiting 1799000ms for recv operation to complete"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."), False),
+        (dist.DistBackendError("NCCL error"), False),
+        (MemoryError(), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (RuntimeError("PytorchStreamReader failed finding central directory"), True),
+        (pickle.UnpicklingError("invalid load key"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file", "__9_0.distcp"), True),
+        (ValueError("cannot mmap an empty file"), True),
+        (KeyError("optimizer"), True),
+    ],
+)
+def test_only_what_says_something_of_a_checkpoint_is_its_fault(
+    error: BaseException, blamed: bool
+) -> None:
+    """When a rank is killed while all load, the others fail: a good checkpoint is not given up."""
+    assert checkpoint.is_blamed_by(error) is blamed
+    assert checkpoint.is_blamed_by(wrapped(error)) is blamed
+    outer = RuntimeError("while loading")
+    outer.__cause__ = error
+    assert checkpoint.is_blamed_by(outer) is blamed
+
+
+def test_a_world_beyond_reason_is_damage(run: RunDir) -> None:
+    """In a manifest of an earlier version, which has no checksum; nothing is made of its size."""
+    edit(run, without_seal(lambda m: m.update(world_size=10**15)))
+    assert find(run)[0] == 2

@@ -122,7 +122,7 @@ def test_what_a_killed_one_has_left_does_not_matter(place: Path) -> None:
     """Half a library, a lock file that nobody holds, torch's own lock; another machine's work in
     the same home folder is left alone."""
     place.parent.mkdir()
-    place.with_name(f"{place.name}.lock").write_text("4711 on elsewhere\n")
+    place.with_name(f"{place.name}.lock").write_bytes(b"4711 on els\xff\xfe\n")
     for host in (socket.gethostname(), "elsewhere"):
         half = place.parent / f".{place.name}.{host}.abc" / "cpu_adam"
         half.mkdir(parents=True)
@@ -143,6 +143,11 @@ def test_waiting_has_an_end(place: Path) -> None:
         with pytest.raises(
             HardwareError, match=r"process 4711 on node7 has been compiling the lib"
         ):
+            compiled.once(place, QUICK, **WORDS, limit_s=0)
+        lock.truncate(0)
+        lock.buffer.write(b"\xff")  # damaged
+        lock.flush()
+        with pytest.raises(HardwareError, match="has been compiling the lib"):
             compiled.once(place, QUICK, **WORDS, limit_s=0)
     assert began(place) == []
 

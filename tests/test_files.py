@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_job import files
+from sft_job import files, seal
 from sft_job.files import append_line, create, discard, is_intact, publish, publish_dir
 
 
@@ -137,3 +137,43 @@ def test_a_line_that_finds_no_room_is_an_error(tmp_path: Path) -> None:
 def test_what_explains_nothing_is_not_translated(number: int) -> None:
     """A bug of ours is not sold as the user's."""
     assert files.translated(OSError(number, os.strerror(number), "/x")) is None
+
+
+def test_a_builder_that_is_killed_while_it_flushes_is_cleared_away_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its lock to the end: until then others can tell whether it is alive."""
+    seen = []
+    settle = files.settle
+
+    def look(folder: Path) -> None:
+        files._clear_dead(tmp_path / "f")
+        seen.append((folder.is_dir(), (folder / files._BUILDER).is_file()))
+        settle(folder)
+
+    monkeypatch.setattr(files, "settle", look)
+    with files.publish_dir(tmp_path / "f") as beside:
+        (beside / "a").write_text("a")
+    assert seen == [(True, True)]
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["a", "seal.json"]
+    assert seal.fault(tmp_path / "f") is None
+
+
+def test_a_folder_that_never_had_its_builders_lock_is_cleared_away_later(tmp_path: Path) -> None:
+    """Its builder was killed between two lines; one that is just being made is left alone."""
+    old, new = tmp_path / ".f[1].a", tmp_path / ".f[1].b"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / f"{files._BUILDER}.new").touch()
+    os.utime(old, (0, 0))
+    files._clear_dead(tmp_path / "f[1]")
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_file_in_the_place_of_a_cache_folder_is_put_aside(tmp_path: Path, capsys) -> None:
+    """And said: the folder can be made."""
+    (tmp_path / "f").write_text("x")
+    assert not files.is_intact(tmp_path / "f")
+    assert (tmp_path / "replaced-1-f").read_text() == "x"
+    assert "f is no folder: now replaced-1-f" in capsys.readouterr().err

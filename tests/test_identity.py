@@ -133,3 +133,38 @@ def test_a_damaged_job_json_is_made_up_for(project: Path, damage: str) -> None:
     run.identity.unlink()
     with pytest.raises(RunDirError, match=r"job\.json is damaged, so it cannot be told whose run"):
         run.claim(config, "text")
+
+
+@pytest.mark.parametrize("change", [{}, {"data": "x"}, {"data_files": 3}, {"config": {"a": 1}}])
+def test_a_record_that_is_not_as_it_was_written_refuses_nothing(
+    project: Path, change: dict[str, object], capsys
+) -> None:
+    """It is JSON, and damaged all the same: it says nothing of what has changed."""
+    run, config = begin(project)
+    record = json.loads(run.identity.read_text()) | change if change else {}
+    run.identity.write_text(json.dumps(record))
+    identity.refuse_changed_sources(run, config)
+    identity.refuse_changed_content(run, config, ready(config))
+    assert "put aside as replaced-1-identity.json" in capsys.readouterr().err
+
+
+def test_a_job_json_with_one_other_digit_is_made_anew(project: Path) -> None:
+    """identity.json, which has a checksum, says that this is the job."""
+    run, config = begin(project)
+    run.claim(config, "text")
+    whole = run.job_file.read_text()
+    run.job_file.write_text(whole.replace('"seed": 0', '"seed": 4'))
+    run.claim(config, "text")
+    assert run.job_file.read_text() == whole
+    assert (run.path / "replaced-1-job.json").exists()
+
+
+def test_a_job_json_that_was_edited_is_no_other_job(project: Path) -> None:
+    """A job script starts from job.json: what was changed in it is not trained in silence."""
+    run, config = begin(project)
+    run.claim(config, "text")
+    run.job_file.write_text(run.job_file.read_text().replace('"seed": 0', '"seed": 4'))
+    edited = load(run.job_file)
+    assert edited.train.seed == 4
+    with pytest.raises(RunDirError, match=r"train\.seed: 0 before, 4 now"):
+        run.refuse_foreign(edited)

@@ -55,7 +55,8 @@ def test_a_model_that_is_not_as_it_was_written_is_told(run: RunDir, damage: str)
 
 
 def test_a_mark_without_a_seal_is_believed_where_the_files_are(run: RunDir) -> None:
-    """Earlier versions wrote none."""
+    """Earlier versions wrote none, nor that of an attempt."""
+    run.written_model(1).unlink()
     run.done.write_text('{"step": 7, "attempt": 1}')
     assert result.model_fault(run) is None
     (run.model / "model.safetensors").unlink()
@@ -94,3 +95,21 @@ def test_a_model_whose_mark_was_never_made_is_found(run: RunDir) -> None:
     """The process was killed between the two: nothing has to be written again."""
     run.done.unlink()
     assert result.written_before(run) is not None
+
+
+def test_a_finished_attempt_leaves_no_second_copy(run: RunDir) -> None:
+    """What it wrote is not needed where a whole model is published already."""
+    late = Attempt.claim(run)
+    beside = written(run, late)
+    result.publish_model(late, beside)
+    assert not beside.exists()
+
+
+def test_what_earlier_attempts_left_of_a_model_is_cleared_away(run: RunDir) -> None:
+    """At the start of the next one, which needs the room."""
+    own, left = (written(run, attempt) for attempt in (Attempt(run, 3), Attempt(run, 2)))
+    (run.path / ".model.tmp").mkdir()
+    result.clear_left_over(Attempt(run, 3))
+    assert own.exists()
+    assert not left.exists()
+    assert not (run.path / ".model.tmp").exists()

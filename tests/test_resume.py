@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sft_job import checkpoint
+from sft_job import checkpoint, seal
 from sft_job.attempt import Attempt
 from sft_job.rundir import RunDir
 from tests import ranks
@@ -121,8 +121,7 @@ def test_a_checkpoint_that_verifies_and_cannot_be_loaded_is_left_out(
     for file in run.checkpoint(6).glob("*.distcp"):
         file.write_bytes(b"no zip file at all")
         manifest["files"][file.name] = checkpoint._seal(file)
-    manifest["seal"] = checkpoint._manifest_seal(manifest)
-    manifest_file.write_text(json.dumps(manifest))
+    manifest_file.write_text(json.dumps(seal.sealed(manifest)))
     result = sft_job("train", job, f"run.dir={run.path}")
     assert result.returncode == 0, result.stderr
     assert "note: the checkpoint of step 6 could not be loaded (" in result.stderr
@@ -234,6 +233,7 @@ def test_stopped_while_the_model_is_written(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     assert on_ranks(ranks.stopped_export, 2, model, tmp_path / "run", 3) == [3, 3]
     assert not RunDir(tmp_path / "run").model.exists()
+    assert list((tmp_path / "run").glob(".*")) == []  # nor does it take room
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:

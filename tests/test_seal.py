@@ -85,3 +85,31 @@ def test_links_are_sealed_by_what_they_point_to(folder: Path, tmp_path: Path) ->
     (folder / seal.SEAL).write_text(json.dumps(seal.make(folder)))
     flip(tmp_path / "weights", 9)
     assert seal.fault(folder) == "link was changed after it was written (SHA-256 differs)"
+
+
+def test_a_seal_that_has_lost_a_file_is_no_seal(folder: Path) -> None:
+    """What it does not name would be taken for whole."""
+    sealed = json.loads((folder / seal.SEAL).read_text())
+    del sealed["files"]["long.bin"]
+    (folder / seal.SEAL).write_text(json.dumps(sealed))
+    assert seal.fault(folder) == "seal.json is damaged"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"long.bin": {"bytes": 10**40, "sha256": []}}, {"a\0b": {"bytes": 0, "sha256": []}},
+        {"long.bin": {"bytes": True, "sha256": ["x"]}}, {"x" * 300: {"bytes": 0, "sha256": []}},
+        {"long.bin": {"bytes": -1, "sha256": []}},
+    ],
+)  # fmt: skip
+def test_whatever_a_seal_says_is_answered(folder: Path, files: dict[str, object]) -> None:
+    """It is data of a file, also with a checksum that is right."""
+    (folder / seal.SEAL).write_text(json.dumps(seal.sealed({"block_bytes": 8, "files": files})))
+    assert seal.fault(folder) is not None
+
+
+def test_a_seal_nested_beyond_reason_is_no_seal(folder: Path) -> None:
+    """json gives up with an error of its own kind."""
+    (folder / seal.SEAL).write_text("[" * 100_000)
+    assert (seal.fault(folder) or "").startswith("seal.json cannot be read")

@@ -181,6 +181,169 @@ def test_a_job_whose_model_is_damaged_is_not_done(prepared: Path, run: RunDir, c
     assert "its model is damaged (model.safetensors was changed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["", "{}", "null", '{"model": {}}', "[", "folder"])
+def test_a_damaged_mark_beside_a_whole_model_is_made_anew(
+    damage: str, prepared: Path, run: RunDir, capsys
+) -> None:
+    """Nothing is trained or written again, also without any checkpoint."""
+    from sft_job import result, seal
+
+    finished(prepared, run)
+    run.written_model(1).write_text(json.dumps(seal.make(run.model)))
+    run.done.unlink()
+    if damage == "folder":
+        run.done.mkdir()
+    else:
+        run.done.write_text(damage)
+    assert not enter(prepared, run)
+    assert "DONE was damaged and is made anew" in capsys.readouterr().err
+    assert result.model_fault(run) is None
+
+
+@pytest.mark.parametrize(
+    "left", ["checkpoints/.step-00000004.attempt-1.tmp", ".model.attempt-1.tmp"]
+)
+def test_what_is_left_half_written_counts_as_free(
+    left: str, prepared: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks delete it before they write anything: nobody has to find it."""
+    assert enter(prepared, run)
+    usage = start.shutil.disk_usage(run.path)
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(SftJobError, match="no room: one checkpoint and the model need"):
+        enter(prepared, run)
+    (run.path / left).mkdir(parents=True)
+    (run.path / left / "part").write_bytes(bytes(50 * 2**20))
+    assert enter(prepared, run)
+
+
+def test_a_preparation_that_is_stopped_is_ended(tmp_path: Path) -> None:
+    """It cannot clear away anything, and is not waited for."""
+    import signal
+
+    stop, child = StopRequest(), subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)
+    stop.times = 3
+    start._end(child, stop)
+    assert child.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+
+
+def test_a_preparation_ends_with_whoever_waits_for_it(prepared: Path) -> None:
+    """Of a launcher that was killed nothing goes on encoding for an hour."""
+    from sft_job.launcher import ENCODES_FOR
+
+    done = subprocess.run(
+        [sys.executable, "-m", "sft_job.data", "encode", str(prepared)],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        env=os.environ | {ENCODES_FOR: "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the process that has started this one has gone" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["", "null", "[]", "gone", "folder", '{"files": {}}'])
+def test_a_damaged_seal_of_a_converted_model_is_made_anew(
+    damage: str, prepared: Path, tmp_path: Path, capsys
+) -> None:
+    """It is asked for before the ranks look at the model, and names the weights of the run."""
+    import shutil
+
+    from sft_job import source
+    from sft_job.files import publish_dir
+    from sft_job.prepared import find_prepared, write_stamp
+
+    job = make_job(tmp_path, prepared.parent / "model", prepared.parent / "d.json")
+    ready = data.encode_job(load(job))
+    converted = tmp_path / ".sft_job_cache/models/m"
+    with publish_dir(converted) as beside:
+        shutil.copytree(prepared.parent / "model", beside, dirs_exist_ok=True)
+    write_stamp(load(job), converted, Path(ready.data_folder), [])
+    assert find_prepared(load(job)) is not None
+    file = converted / "seal.json"
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage != "gone":
+        file.write_text(damage)
+    assert find_prepared(load(job)) is None
+    assert not source.is_intact(converted)
+    assert not converted.exists()
+
+
+@pytest.mark.parametrize("seal", [5, {}, [], "x", {"block_bytes": 1}])
+def test_a_stamp_with_anything_for_a_seal_is_none(
+    seal: object, prepared: Path, tmp_path: Path
+) -> None:
+    """The model is looked at anew."""
+    from sft_job.prepared import find_prepared
+
+    job = make_job(tmp_path, prepared.parent / "model", prepared.parent / "d.json")
+    data.encode_job(load(job))
+    (stamp,) = (tmp_path / ".sft_job_cache/prepared").iterdir()
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"model_seal": seal}))
+    assert find_prepared(load(job)) is None
+
+
+class FailedCrew:
+    """Workers of which one fails, after what is left in the run directory."""
+
+    leaves = ""
+
+    def __init__(self, run_dir: RunDir, attempt: int, count: int) -> None:
+        self.attempt = Attempt(run_dir, attempt)
+
+    def start(self, argv: object) -> None: ...
+
+    def wait(self, stop: object) -> None:
+        from sft_job.errors import WorkerError
+
+        if self.leaves == "DONE":
+            self.attempt.run_dir.done.touch()
+        elif self.leaves == "interrupted":
+            self.attempt.interrupt("interrupted by a test")
+        elif self.leaves == "newer":
+            self.attempt.cannot_load(2, "no", "x")
+            Attempt.claim(self.attempt.run_dir)
+        raise WorkerError("ended by signal SIGSEGV")
+
+
+def test_what_fails_after_the_last_mark_has_lost_nothing(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done is done, and what was saved for a stop can be resumed: the job script says the same.
+    An older attempt does not begin another one beside a newer."""
+    from sft_job.errors import SupersededError, WorkerError
+
+    monkeypatch.setattr(train, "Workers", FailedCrew)
+    for leaves, kind in (
+        ("interrupted", Interrupted),
+        ("newer", SupersededError),
+        ("", WorkerError),
+    ):
+        FailedCrew.leaves = leaves
+        with pytest.raises(kind):
+            train._attempt(run, 1, [], StopRequest())
+    FailedCrew.leaves = "DONE"
+    assert train._attempt(run, 1, [], StopRequest())
+
+
+def test_a_request_to_stop_is_obeyed_while_another_has_the_lock(run: RunDir) -> None:
+    """As of a job that was put back off a lost node, whose lock lives on: it goes on later."""
+    with run.exclusive_lock(".lock", "running this job"):
+        with (
+            pytest.raises(Interrupted, match="while it waited: another process is running this"),
+            run.exclusive_lock(".lock", "x", patience_s=60, given_up=lambda: True),
+        ):
+            raise AssertionError
+        (run.path / ".lock").write_text('{"host": "h", "pid": 1e999, "doing": "x"}')
+        with (
+            pytest.raises(RunDirError, match="another process is"),
+            run.exclusive_lock(".lock", "running this job"),
+        ):
+            raise AssertionError
+
+
 def test_the_reason_of_the_preparation_is_raised_here(tmp_path: Path) -> None:
     """Once, with its exit code; what the child says besides is passed on."""
     model = make_model(tmp_path / "model")

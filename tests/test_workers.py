@@ -434,6 +434,11 @@ def test_a_signal_is_remembered_and_ends_nothing(number, handlers):
     assert stop.reason == f"signal {number.name}"
 
 
+def test_a_file_server_that_fails_for_a_moment_is_no_request(tmp_path):
+    """Nor an error: it is looked for after every step."""
+    assert not StopRequest(tmp_path / ("x" * 300)).requested()
+
+
 def test_a_file_is_a_request_to_stop(tmp_path):
     """Made at any time; it counts from then on, also when it is taken away again."""
     stop = StopRequest(tmp_path / "stop-1")
