@@ -49,8 +49,8 @@ from typing import IO, Any
 
 from sft_job import seal
 from sft_job.config import read_stored, stored
-from sft_job.errors import Interrupted, RunDirError
-from sft_job.files import create, parse_json, put_aside, read_json
+from sft_job.errors import Interrupted, RunDirError, SftJobError, UserError
+from sft_job.files import create, parse_json, put_aside, read_json, translated
 from sft_job.schema import JobConfig
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -255,7 +255,7 @@ class RunDir:
             raise self._unwritable(error) from error
         return made
 
-    def _unwritable(self, error: OSError) -> RunDirError:
+    def _unwritable(self, error: OSError) -> SftJobError:
         place = error.filename or str(self.path)
         if isinstance(error, FileExistsError) and self.path.is_symlink():
             return RunDirError(
@@ -263,6 +263,11 @@ class RunDir:
                 where=str(self.path),
                 remedy="make that folder, or choose another run.dir",
             )
+        known = translated(error)
+        if known is not None and not isinstance(
+            known, UserError
+        ):  # the disk is full, or has a fault
+            return known
         return RunDirError(
             f"cannot be written: {error.strerror}",
             where=str(place),
