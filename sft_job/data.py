@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from sft_job import cli, launcher
+from sft_job import choices, cli, launcher
 from sft_job.config import load
 from sft_job.conversations import (
     NOTHING_LEFT,
@@ -20,6 +21,7 @@ from sft_job.conversations import (
     trainable,
 )
 from sft_job.errors import DataError
+from sft_job.facts import read_facts
 from sft_job.formats import IgnoredKeys, ignored_line
 from sft_job.plan import lost_lines
 from sft_job.prepared import Prepared, find_prepared, write_stamp
@@ -120,6 +122,8 @@ def encode_job(config: JobConfig) -> Prepared:
     print(f"{stats.conversations:,} conversations -> {stats.samples:,} samples{tokens}")
     _print_losses(stats.lost, stats.ignored_keys)
     print(f"model {ready.model_folder}\ndata  {ready.data_folder}")
+    # Again, now that the length of every sample is known.
+    choices.check_model(config, read_facts(Path(ready.model_folder)), ready.stats)
     for note in ready.notes:
         print(f"note: {note}")
     return ready

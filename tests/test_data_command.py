@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from sft_job import data, plan
 from sft_job.config import load
 from sft_job.dataset import TextCache, TokenCache, encoder_of
-from sft_job.errors import DataError
+from sft_job.errors import DataError, ModelError
 from sft_job.prepared import find_prepared
 from sft_job.tokenizer import load_tokenizer
 from tests.runs import make_job, make_model
@@ -120,3 +121,15 @@ def test_data_that_is_refused_is_refused_before_anything_is_made(job, tmp_path):
         with pytest.raises(DataError, match="'plain': `tools`: tools are not supported"):
             data.main([*command, str(job)])
     assert not (tmp_path / ".sft_job_cache").exists()
+
+
+def test_a_sample_beyond_the_window_is_refused_while_encoding(job, tiny, tmp_path) -> None:
+    """Its length is known only then; a plan says the same afterwards."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    windows = {"model_type": "mistral", "sliding_window": 8, "architectures": None}
+    (model / "config.json").write_text(json.dumps(config | windows))
+    config = load(job, [f"model.path={model}"])
+    for ask in (data.encode_job, plan.plan_of):
+        with pytest.raises(ModelError, match="tokens, and layers of mistral look back 8 tokens"):
+            ask(config)

@@ -638,7 +638,7 @@ def test_losses_are_shown_with_their_counts():
 # --- what is on disk -----------------------------------------------------------------------
 
 
-def model_folder(folder: Path) -> Path:
+def model_folder(folder: Path, **changes: object) -> Path:
     """A model folder with a config.json, and no weights yet."""
     folder.mkdir(parents=True)
     config = {
@@ -648,7 +648,7 @@ def model_folder(folder: Path) -> Path:
         "vocab_size": 32,
         "max_position_embeddings": 64,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | changes))
     (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     return folder
 
@@ -743,8 +743,8 @@ def test_the_key_does_not_change_with_what_comes_later(override, job_file):
     assert prepared_key(load(job_file, [override])) == prepared_key(load(job_file))
 
 
-def prepare(job_file: Path, **changes: object) -> Path:
-    """Encoded data and a model in the cache, as `data encode` leaves them; the data folder."""
+def prepare(job_file: Path, model: Path | None = None, **changes: object) -> Path:
+    """Encoded data and a model, as `data encode` leaves them; the data folder."""
     cache = job_file.parent / ".sft_job_cache"
     meta = {
         "fingerprint": "f",
@@ -760,7 +760,9 @@ def prepare(job_file: Path, **changes: object) -> Path:
     with publish_dir(folder) as building:
         (building / "meta.json").write_text(json.dumps(meta | changes))
         (building / "lengths.bin").write_bytes(array("I", [10, 20]).tobytes())
-    write_stamp(load(job_file), model_folder(cache / "models/m"), folder, ["a note of the model"])
+    write_stamp(
+        load(job_file), model or model_folder(cache / "models/m"), folder, ["a note of the model"]
+    )
     return folder
 
 

@@ -18,6 +18,7 @@ from sft_job.config import load
 from sft_job.errors import ConfigError
 from tests.runs import ROOT
 from tests.test_locks import PYTHON, pins
+from tests.test_plan import model_folder, prepare
 
 # What `pip install sft_job` without an extra brings, and what that brings.
 BASE = ["pydantic", "pydantic_core", "annotated_types", "typing_extensions.py", "typing_inspection",
@@ -111,6 +112,32 @@ def test_refused_on_a_login_node_before_the_queue(
         assert f"{override.partition('=')[0]}: {said}" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (job_file.parent / "run").exists()
+
+
+MODELS = {
+    "end of another vocabulary": ({"eos_token_id": 32}, "eos_token_id is 32"),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 16},
+        "the longest sample has 20 tokens, and layers of mistral look back 16 tokens only",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("command", ["plan", "submit"])
+def test_an_unfit_model_is_refused_on_a_login_node(
+    job_file, login_node, tools, command, case
+) -> None:
+    """From its config.json and the lengths of the encoded samples."""
+    changes, said = MODELS[case]
+    model = model_folder(job_file.parent / "model", **changes)
+    job_file.write_text(job_file.read_text().replace('"bundled:smollm2-135m"', str(model)))
+    prepare(job_file, model)
+    words = [command, job_file, SLURM, *["--dry-run"] * (command == "submit")]
+    result = run(login_node, *words, PATH=f"{tools}:{os.environ['PATH']}")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_login_node_has_no_torch(login_node) -> None:
