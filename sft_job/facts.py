@@ -27,6 +27,26 @@ ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+# What any of them may have beside, and the least of each that something can be computed with;
+# None: above 0. (Of a factor below 1 transformers warns, and of 0 the angles are infinite.)
+ROPE_NUMBERS: dict[str, float | None] = {
+    "factor": 1, "low_freq_factor": None, "high_freq_factor": None, "beta_fast": None,
+    "beta_slow": None, "attention_factor": None, "mscale": 0, "mscale_all_dim": 0,
+    "original_max_position_embeddings": 1, "partial_rotary_factor": None, "short_factor": None,
+    "long_factor": None,
+}  # fmt: skip
+
+# What transformers, or torch, would not take, of the families that it has built in.
+SWITCHES = ("attention_bias", "mlp_bias", "use_sliding_window")
+NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "initializer_range")
+_DTYPES = "bfloat16 float16 half float32 float float64 double float8_e4m3fn float8_e5m2"
+DTYPES = frozenset(_DTYPES.split())
+_ACTIVATIONS = """
+    gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh
+    hardswish laplace leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu
+    sqrtsoftplus swish tanh xielu
+"""
+ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,8 @@ def read_facts(folder: Path) -> ModelFacts:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         read.token_ids(key, vocabulary)
     tied = read.switch("tie_word_embeddings")
+    if name in families.KNOWN:
+        read.what_libraries_take()
     parameters, plain = _count(folder, layers, vocabulary, tied=tied)
     return ModelFacts(
         model_type=name,
@@ -280,6 +302,26 @@ class _Config:
             raise self.fault("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
         return heads, keys, dim
 
+    def what_libraries_take(self) -> None:
+        """Values that would be refused while the model is made, some of them by no name."""
+        for key in SWITCHES:
+            self.switch(key)
+        for key in NOT_NEGATIVE:
+            value = self.config.get(key)
+            if value is not None and not (_number(value) and value >= 0):
+                raise self.fault(key, "a number of at least 0")
+        for key in ("dtype", "torch_dtype"):
+            value = self.config.get(key)
+            if value is not None and (not isinstance(value, str) or value not in DTYPES):
+                raise self.fault(key, "a dtype such as bfloat16")
+        for key in ("hidden_act", "hidden_activation", "activation_function"):
+            value = self.config.get(key)
+            if value is not None and (not isinstance(value, str) or value not in ACTIVATIONS):
+                raise self.fault(key, "an activation function that transformers has, such as silu")
+        value = self.config.get("quantization_config")
+        if value is not None and not isinstance(value, Mapping):
+            raise self.fault("quantization_config", "an object or null")
+
     def token_ids(self, key: str, vocabulary: int) -> None:
         """Ids that have no row of the embedding table would be found by a worker, as an index."""
         value = self.config.get(key)
@@ -315,12 +357,26 @@ class _Config:
             several = isinstance(value, list) and all(map(_number, value)) and value
             if not (several if name.endswith("_factor") and kind == "longrope" else _number(value)):
                 raise self.fault(key, f"{name} in it for rope_type {kind}")
+        self._rope_numbers(key, kind, table)
         if kind == "longrope":
             self._factors(key, table)
         original = self.config.get("original_max_position_embeddings")
         if original is not None and kind in ("longrope", "yarn", "llama3"):
             return {**table, "original_max_position_embeddings": original}
         return table
+
+    def _rope_numbers(self, key: str, kind: str, table: Mapping[str, Any]) -> None:
+        """With others the angles would be infinite, or no numbers."""
+        for name, least in ROPE_NUMBERS.items():
+            value = table.get(name)
+            several: list[Any] = value if isinstance(value, list) else [value]
+            for one in several:
+                good = _number(one) and (one > 0 if least is None else one >= least)
+                if one is not None and not good:
+                    bound = "above 0" if least is None else f"of at least {least:g}"
+                    raise self.fault(key, f"as {name} a number {bound} in it")
+        if kind == "llama3" and not table["low_freq_factor"] < table["high_freq_factor"]:
+            raise self.fault(key, "low_freq_factor below high_freq_factor in it")
 
     def _factors(self, key: str, table: Mapping[str, Any]) -> None:
         """LongRoPE has a factor for each pair of rotated dimensions; one for all would fit too."""

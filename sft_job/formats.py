@@ -21,10 +21,14 @@ from sft_job.records import kind, quoted
 Level = Literal["conversation", "turn"]
 
 # The names stand here in the spelling of `_spelling`.
-SYSTEM = ("system", "systemprompt", "systemmessage")
+SYSTEM = ("system", "systemprompt", "systemmessage", "systeminstruction", "systeminstructions",
+          "systemtext", "systemcontent", "sysprompt", "sys")  # fmt: skip
 
 # OpenAI, Mistral: weight. axolotl: train, training. ms-swift: loss. LLaMA-Factory: loss_weight.
-FLAGS = ("weight", "train", "training", "loss", "lossweight")
+# Others: what can mean nothing else.
+FLAGS = ("weight", "train", "training", "loss", "lossweight", "trainable", "istrainable",
+         "trained", "istrained", "supervised", "issupervised", "computeloss", "sampleweight",
+         "exampleweight")  # fmt: skip
 
 _PREFERENCE = "preference data is not supported: nothing says that the answers are to be learnt"
 _PARTS = (
@@ -58,7 +62,8 @@ REFUSED = (
     ),
     (
         r"(train|training|loss|weight)(detail|mask|span|offset|scale|weight)s?|weights"
-        r"|(label|assistant|completion|token)s?masks?|masked",
+        r"|(label|assistant|completion|token)s?masks?|masked"
+        r"|(no|mask|ignore|skip|exclude|without)(from)?(train|training|loss)",
         _PARTS,
     ),
     (

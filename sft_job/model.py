@@ -37,7 +37,8 @@ def describe(folder: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: it cannot.
     """
-    with read_by_library("transformers cannot read it", folder / "config.json"):
+    remedy = "compare it with the file that was published with the model"
+    with read_by_library("transformers cannot read it", folder / "config.json", remedy):
         description = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     description.use_cache = False
     return description

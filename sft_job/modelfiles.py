@@ -103,6 +103,23 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder / name for name in set(names.values()))
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether there are weights that need no conversion of their format.
+
+    Raises:
+        ModelError: there are no weights of any format.
+    """
+    if any(folder.glob("*.safetensors")):
+        return True
+    if any(folder.glob("pytorch_model*.bin")):
+        return False
+    raise ModelError(
+        "no weights in the model folder (*.safetensors or pytorch_model*.bin)",
+        where=str(folder),
+        remedy="fetch the model again, weights included",
+    )
+
+
 def headers(folder: Path) -> Iterator[tuple[Path, dict[str, tuple[str, list[int]]]]]:
     """Each weight file with the dtype and shape of its tensors.
 
@@ -188,6 +205,12 @@ def check_tokenizer_files(folder: Path, vocabulary: int) -> None:
     if content is None:
         _check_sentencepiece(folder)
         return
+    if "eos_token" in settings and "eos_token" not in special:
+        raise ModelError(
+            "eos_token is null: an answer could never end",
+            where=str(folder / "tokenizer_config.json"),
+            remedy="name the token there that ends a text",
+        )
     ids = _ids(content, file) | _added(settings, folder / "tokenizer_config.json")
     _refuse_without_rows(ids, special, vocabulary, folder)
 
@@ -323,7 +346,10 @@ def read_by_library(what: str, where: Path, remedy: str | None = None) -> Iterat
         yield
     except SftJobError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # What the Rust of tokenizers and safetensors breaks off with is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = " ".join(lines)[:300]
         telling = isinstance(error, OSError | ValueError | RuntimeError | TypeError) and said

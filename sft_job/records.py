@@ -161,12 +161,17 @@ def _is_open(begins: bytes) -> bool:
     if not newline or not line.startswith(b"{"):
         return False
     try:
-        json.loads(line.decode(errors="replace"))
+        _probe(line)
     except json.JSONDecodeError as error:
         return _ends_inside(error)
-    except (ValueError, RecursionError):  # a number too long for int()
+    except RecursionError:
         return False
     return False
+
+
+def _probe(text: bytes) -> Any:
+    """A JSON value, whatever its numbers."""
+    return json.loads(text.decode(errors="replace"), parse_int=len)
 
 
 def _is_one_object(data: bytes) -> bool:
@@ -174,16 +179,28 @@ def _is_one_object(data: bytes) -> bool:
 
     Else its first line is faulty and the others are to be read: one object each.
     """
+    text = data.decode("utf-8-sig", "replace").lstrip(BLANK)
     try:
-        json.JSONDecoder().raw_decode(data.decode("utf-8-sig", "replace").lstrip(BLANK))
+        json.JSONDecoder(parse_int=len).raw_decode(text)
         return True
     except (ValueError, RecursionError):
         pass
-    second = data.lstrip(BLANK.encode()).partition(b"\n")[2].lstrip(BLANK.encode())
+    lines = text.encode().split(b"\n")
+    if any(_is_record(line) for line in lines[1:]):
+        return False
+    # What is spread over lines is broken behind a mark of its structure.
+    spread = lines[0].rstrip().endswith((b"{", b"[", b",", b":"))
+    return spread or not any(line.startswith(b"{") for line in lines[1:])
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether a line is an object by itself, and not a turn of a list of turns."""
+    if not line.startswith(b"{") or not line.rstrip().endswith(b"}"):
+        return False
     try:
-        return not isinstance(json.loads(second.partition(b"\n")[0].decode(errors="replace")), dict)
+        return not {"from", "role"} & _probe(line).keys()
     except (ValueError, RecursionError):
-        return True
+        return False
 
 
 class _Reader:

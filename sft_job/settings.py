@@ -20,6 +20,18 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from sft_job.conversations import Exchange
 from sft_job.encode import Encoder
@@ -29,6 +41,21 @@ from sft_job.modelfiles import read_by_library, read_object
 # Generation settings that mean something only when tokens are sampled.
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff",
            "eta_cutoff")  # fmt: skip
+# What generate makes of a setting, where it looks at its value for the first time.
+PROCESSORS: dict[str, type[LogitsProcessor]] = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+}
+# Those that switch such a setting off.
+OFF = {"top_k": 0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0,
+       "typical_p": 1.0}  # fmt: skip
 # How a tokenizer was read, not what it is.
 OF_THE_CALL = ("is_local", "local_files_only", "name_or_path")
 
@@ -179,8 +206,8 @@ def generation_settings(source: Path) -> tuple[GenerationConfig, list[str]]:
 
 
 def _generation_fault(settings: Mapping[str, Any]) -> str | None:
-    """Why transformers would not save these generation settings, or None. Token ids are left out:
-    those of the training are written."""
+    """Why transformers would not save these generation settings, or generate with them, or None.
+    Token ids are left out: those of the training are written."""
     ours = ("eos_token_id", "bos_token_id", "pad_token_id")
     try:
         with read_by_library("invalid", Path("generation_config.json")):
@@ -188,6 +215,9 @@ def _generation_fault(settings: Mapping[str, Any]) -> str | None:
             generation = GenerationConfig.from_dict(kept)
             generation.validate(strict=True)
             generation.to_json_string()
+            for key, processor in PROCESSORS.items():
+                if (value := settings.get(key)) not in (None, OFF.get(key)):
+                    processor(value)
     except ModelError as error:
         return error.what.removeprefix("invalid: ")
     return None

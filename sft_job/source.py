@@ -22,7 +22,7 @@ from sft_job import schema as job
 from sft_job.errors import ModelError
 from sft_job.facts import read_config, read_facts
 from sft_job.files import is_intact, publish_dir
-from sft_job.modelfiles import check_tokenizer_files, read_by_library
+from sft_job.modelfiles import check_tokenizer_files, has_safetensors, read_by_library
 from sft_job.prepared import BUNDLED, PREPARED_VERSION
 from sft_job.rundir import CacheDir
 from sft_job.tokenizer import convert_sentencepiece, load_tokenizer
@@ -195,14 +195,8 @@ def _has_own_names(folder: Path, network: PreTrainedModel, say: Callable[[str], 
     Raises:
         ModelError: no weights at all, of other shapes, or more than the model has.
     """
-    if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("pytorch_model*.bin")):
-            return False
-        raise ModelError(
-            "no weights in the model folder (*.safetensors or pytorch_model*.bin)",
-            where=str(folder),
-            remedy="fetch the model again, weights included",
-        )
+    if not has_safetensors(folder):
+        return False
     files = WeightFiles(folder)
     refuse_other_shapes(network, files)
     if missing_names(network, files):

@@ -35,7 +35,7 @@ from sft_job.errors import (
     WorkerError,
 )
 from sft_job.files import write_atomically
-from sft_job.modelfiles import weight_files
+from sft_job.modelfiles import has_safetensors, weight_files
 from sft_job.plan import Plan, gib, plan_for
 from sft_job.prepared import (
     BUNDLED,
@@ -268,6 +268,7 @@ def _model(config: JobConfig) -> Iterator[str]:
         remedy = "`sft-job data encode` where it is installed makes the model ready"
         raise SubmitError([f"model.path: {path} comes in the Python package {absent}; {remedy}"])
     if Path(path).is_absolute():
+        has_safetensors(Path(path))
         yield f"{path}, {facts.parameters or 0:,} parameters" if facts else path
         return
     folder = hub_snapshot(config)

@@ -31,6 +31,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     remedy = "look at tokenizer.json and tokenizer_config.json, or fetch them again"
     with read_by_library("the tokenizer cannot be read", folder, remedy):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("Hi there")  # of what only a text shows: a post-processor, a length
     if tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
     return tokenizer

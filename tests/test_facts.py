@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sft_job.errors import ModelError
-from sft_job.facts import ModelFacts, read_facts
+from sft_job.facts import ACTIVATIONS, DTYPES, ModelFacts, read_facts
 from sft_job.modelfiles import check_tokenizer_files, unreadable
 from tests.test_layers import BLOCK, python
 
@@ -28,6 +28,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 OLD_LINEAR = {"type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32,
           "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
+YARN = {"type": "yarn", "factor": 4.0}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.0, 1, 1], "long_factor": [2, 4, 4, 4]}
 
 
@@ -234,6 +235,19 @@ def test_a_number_that_cannot_be_is_named_with_its_key(
         ({"rope_scaling": LONG | {"long_factor": [1]}}, "expected 4 numbers as long_factor, a pa"),
         ({"rope_theta": -1}, "rope_theta is -1, expected a rope_theta above 0"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "expected factor in it for rope_type yarn"),
+        ({"rope_scaling": OLD_LINEAR | {"factor": 0}}, "as factor a number of at least 1 in it"),
+        ({"rope_scaling": OLD_LINEAR | {"factor": -2}}, "as factor a number of at least 1"),
+        ({"rope_scaling": YARN | {"beta_fast": "x"}}, "as beta_fast a number above 0"),
+        ({"rope_scaling": YARN | {"attention_factor": -1}}, "as attention_factor a number above 0"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor below high_freq"),
+        ({"rope_scaling": LONG | {"long_factor": [2, 0, 4, 4]}}, "as long_factor a number above 0"),
+        ({"rms_norm_eps": "1e-5"}, 'rms_norm_eps is "1e-5", expected a number of at least 0'),
+        ({"initializer_range": -1}, "initializer_range is -1"),
+        ({"attention_bias": "yes"}, 'attention_bias is "yes", expected true or false'),
+        ({"hidden_act": "nope"}, 'hidden_act is "nope", expected an activation function'),
+        ({"dtype": "float8"}, 'dtype is "float8", expected a dtype such as bfloat16'),
+        ({"torch_dtype": "torch.float16"}, 'torch_dtype is "torch.float16"'),
+        ({"quantization_config": [1]}, r"quantization_config is \[1\], expected an object or null"),
     ],
 )
 def test_values_that_do_not_fit_each_other_are_named(
@@ -242,6 +256,15 @@ def test_values_that_do_not_fit_each_other_are_named(
     """Before any library stumbles over them."""
     with pytest.raises(ModelError, match=message):
         read_facts(model_folder(tmp_path / "m", **changes))
+
+
+def test_names_of_dtypes_and_activations_are_those_of_the_libraries() -> None:
+    """What is refused by name here would be refused by them."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    assert set(ACT2FN) == ACTIVATIONS
+    assert all(getattr(torch, name).is_floating_point for name in DTYPES)
 
 
 def test_the_first_llamas_have_a_pad_of_minus_one(tmp_path: Path) -> None:
@@ -395,6 +418,7 @@ def test_tokenizers_of_both_kinds_are_read(tmp_path: Path) -> None:
             {"special_tokens_map": {"eos_token": ""}},
             "tokens_map.json: eos_token is",
         ),
+        (TOKENS, {"tokenizer_config": {"eos_token": None}}, "eos_token is null: an answer could"),
         (TOKENS, {"tokenizer_config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder is no"),
         (TOKENS, {"generation_config": [1]}, "generation_config.json: a JSON list is in it"),
         (

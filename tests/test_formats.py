@@ -47,7 +47,10 @@ def trained(record: object) -> list[bool]:
 S = {"role": "system", "content": "s"}
 
 
-@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message", "systemPrompt"])
+@pytest.mark.parametrize(
+    "key",
+    ["system", "system_prompt", "system_message", "systemPrompt", "system_instruction", "sys"],
+)
 @pytest.mark.parametrize("turns", [[USER, ANSWER], [S, USER, ANSWER], [S | {"content": ""}, USER]])
 def test_a_system_text_beside_the_turns_is_the_system_turn(key, turns):
     """Where there is none, or an empty one; an equal one stays the only one."""
@@ -90,7 +93,8 @@ def test_a_system_text_that_is_not_clear_is_refused(record, fault):
 OFF = [
     {"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False},
     {"loss": 0}, {"loss_weight": 0.0}, {"train": False, "loss": False, "weight": 0},
-    {"train": False, "weight": None},
+    {"train": False, "weight": None}, {"trainable": False}, {"is_trained": False},
+    {"supervised": 0}, {"compute_loss": False}, {"sample_weight": 0.0},
 ]  # fmt: skip
 ON = [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"loss": True}, {"training": 1},
       {"weight": None, "train": None}, {"weight": ""}, {"train": "null"}]  # fmt: skip
@@ -200,7 +204,8 @@ REFUSED = {
     "a template in the data is not supported": ["chat_template", "chat_template_kwargs"],
     PARTS: [
         "train_detail", "training_detail", "loss_mask", "loss_scale", "masked",
-        "assistant_masks", "completion_mask",
+        "assistant_masks", "completion_mask", "no_loss", "mask_loss", "ignore_loss",
+        "exclude_from_training",
     ],
     "which roles are trained on is not chosen by the data": ["train_on_inputs", "roles_to_train"],
     "an answer that is to be continued is not supported": ["prefix", "continue_final_message"],

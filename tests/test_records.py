@@ -244,6 +244,21 @@ def test_a_faulty_first_line_does_not_hide_the_others(tmp_path):
     assert [fault.partition(": ")[0] for fault in faults] == ["d.jsonl:1", "d.jsonl:3"]
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('{"id":\n{bad}\n{"id": 3}\n{"id": [}\n', [1, 2, 4]),  # two faulty ones at the beginning
+        ('{"id": "a\n{bad}\n{"id": [\n', [1, 2, 3]),  # and no other
+        ('{"messages": [\n{"role": "user"},\n{"role": "x"}\n{}]}', [4]),  # one object, spread out
+        ('{"id": ' + "9" * 5000 + ',\n"x": 1}', [1]),
+    ],
+)
+def test_faulty_lines_are_told_from_an_object_over_several_lines(text, lines, tmp_path):
+    """Every fault is named with its line, and none that is not there."""
+    _, faults = found(tmp_path / "d.jsonl", text)
+    assert [int(fault.partition(": ")[0].partition(":")[2]) for fault in faults] == lines
+
+
 def test_every_line_of_a_list_that_is_not_utf8_is_named(tmp_path):
     """Although a list is decoded as a whole; records without a fault are checked all the same."""
     data = b'[\n{"id": "\xff"},\n{"id": "\xe9"},\n{"id": 3}\n]'

@@ -116,6 +116,7 @@ def generation(folder: Path, content: Any) -> tuple[GenerationConfig, list[str]]
     [
         {},
         {"temperature": 0.6, "do_sample": True},
+        {"top_k": 0, "typical_p": 1.0, "eta_cutoff": 0.0, "do_sample": True},
         {"max_length": 4096, "eos_token_id": [1, 2], "pad_token_id": -1},
         {"transformers_version": "4.31.0", "_from_model_config": True},
     ],
@@ -140,6 +141,12 @@ def test_valid_generation_settings_are_kept(content: dict[str, Any], tmp_path: P
         ({"num_return_sequences": 3}, None, "left out: num_return_sequences"),
         ({"max_new_tokens": "many", "min_p": 0.1, "do_sample": True}, True, "out: max_new_tokens"),
         ({"cache_implementation": "none such"}, None, "left out: cache_implementation"),
+        # saved without a word, and found by whoever generates with the trained model
+        ({"temperature": "hot", "do_sample": True}, True, "left out: temperature"),
+        ({"temperature": 0.0, "do_sample": True}, True, "left out: temperature"),
+        ({"top_p": 1.5, "do_sample": True}, True, "left out: top_p"),
+        ({"top_k": 2.5, "do_sample": True}, True, "left out: top_k"),
+        ({"repetition_penalty": -1.0}, None, "left out: repetition_penalty"),
     ],
 )
 def test_invalid_generation_settings_are_mended(

@@ -22,6 +22,8 @@ import yaml
 
 from sft_job import __version__, follow, slurm
 from sft_job import submit as submit_
+from sft_job.config import load
+from sft_job.enqueue import Way
 from sft_job.errors import RunDirError, SlurmError, SubmitError, UserError
 from sft_job.files import append_line
 from sft_job.rundir import RunDir
@@ -94,6 +96,16 @@ def job(tmp_path: Path, model: Path) -> Path:
 
 def submit(job: Path, tools: Path, *arguments: str) -> Any:
     return sft_job("submit", job, *arguments, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+
+
+def test_a_model_folder_without_weights_is_not_submitted(tmp_path: Path, model: Path) -> None:
+    """As `data encode` has it, and before the job waits in a queue."""
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    (folder / "model.safetensors").unlink()
+    data = make_conversations(tmp_path / "data.json", 2)
+    config = load(make_job(tmp_path, folder, data, slurm={"gpus_per_node": 0}), [])
+    with pytest.raises(SubmitError, match="no weights in the model folder"):
+        submit_.check(config, Way("submitit", "local", None))
 
 
 def test_dry_run_looks_at_everything_and_leaves_nothing(job: Path, tools: Path) -> None:
