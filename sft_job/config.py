@@ -48,6 +48,9 @@ VARIANTS: dict[str, dict[str, type[BaseModel]]] = {
 }
 
 
+# As `validate_repo_id` of huggingface_hub has it: name or owner/name.
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
+
 # Keys that take values of several types, and what is said of every other.
 UNIONS = {
     "train.micro_batch_tokens": "a whole number of at least 8, or auto",
@@ -58,6 +61,10 @@ UNIONS = {
 def _conflicts(config: JobConfig) -> Iterator[tuple[str, str]]:
     """Values that are good by themselves and cannot stand together, by key."""
     data, train, slurm = config.data, config.train, config.slurm
+    if config.model.on_hub and not _HUB_ID.fullmatch(config.model.path):
+        yield "model.path", f"{config.model.path} is no folder here, and no name that a hub takes"
+    if config.model.revision is not None and not config.model.on_hub:
+        yield "model.revision", f"a revision is of a hub model, and {config.model.path} is none"
     if slurm and slurm.gpus_per_node and config.run.processes not in (None, slurm.gpus_per_node):
         yield (
             "run.processes",
@@ -161,7 +168,7 @@ def load(
     except ValidationError as error:
         faults += [fault for item in error.errors() for fault in _explain(item, place, values)]
         raise ConfigError(list(dict.fromkeys(faults))) from error
-    faults += [f"{place(key)}: {why}" for key, why in _conflicts(config)]
+    faults += [f"{place(key)}: {why}" for key, why in _conflicts(config) if key not in unknown]
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     return config

@@ -48,7 +48,7 @@ REFUSED = (
     ),
     (
         r"(image|img|picture|video|audio)s?(path|url|file|data|bytes|base64)?s?"
-        r"|multimodal(data|inputs?)|attachments?",
+        r"|multimodal(data|inputs?)|attachments?|media|files|documents",
         "images, video, audio and files are not supported",
     ),
     (
@@ -77,7 +77,15 @@ REFUSED = (
     (r"history", "earlier turns beside the conversation are not supported: write them as turns"),
     (r"refusal", "a refusal beside the text is not supported: write it as the answer's text"),
 )
-_PATTERNS = tuple((re.compile(pattern), reason) for pattern, reason in REFUSED)
+# Beside a conversation these are about where it comes from.
+REFUSED_IN_A_TURN = (
+    (r"channel|recipient", "channels and recipients of an answer (harmony) are not supported"),
+    (r"skip|skipped|ignored?", "write `train: false` for an answer that is not to be trained on"),
+)
+_PATTERNS: dict[Level, tuple[tuple[re.Pattern[str], str], ...]] = {
+    "conversation": tuple((re.compile(pattern), reason) for pattern, reason in REFUSED),
+    "turn": tuple((re.compile(p), reason) for p, reason in (*REFUSED, *REFUSED_IN_A_TURN)),
+}
 
 # NeMo: attributes of a turn are written into its text.
 _NEMO_TYPES = ("TEXT_TO_VALUE", "VALUE_TO_TEXT")
@@ -101,7 +109,7 @@ def _sort(key: str, level: Level) -> tuple[str, str]:
         return "refused", "a system text belongs beside the turns, or in a turn of its own"
     if name == "mask":
         return "refused", _PARTS
-    for pattern, reason in _PATTERNS:
+    for pattern, reason in _PATTERNS[level]:
         if pattern.fullmatch(name):
             return "refused", reason
     return "nothing", ""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -85,7 +87,8 @@ def test_an_override_may_be_null_and_may_hold_equal_signs(job_file):
     """The value is parsed as YAML, and only the first = separates."""
     add(job_file, "train: {max_steps: 3}\n")
     assert load(job_file, ["train.max_steps=null"]).train.max_steps is None
-    assert load(job_file, ["model.revision=a=b"]).model.revision == "a=b"
+    hub = ["model.path=org/name", "model.revision=a=b"]
+    assert load(job_file, hub).model.revision == "a=b"
 
 
 @pytest.mark.parametrize("text", ["2e-5", "2E-5", "2.0e-05", "0.00002"])
@@ -671,7 +674,7 @@ SAME_JOB = [
     "run.gloo_timeout_s=7200",
 ]
 # Known by their content (`identity.py`), not by where they are.
-SAME_JOB += ["model.path=org/name", "model.revision=v2"]
+SAME_JOB += ["model.path=org/name", "model={path: org/name, revision: v2}"]
 OTHER_JOB = [
     "model.trust_remote_code=true",
     "model.rope={type: linear, factor: 2}",
@@ -727,8 +730,9 @@ def test_every_key_is_on_one_side_of_the_identity():
     sections = {"model", "data", "train", "engine", "checkpoint", "logging", "run"}
     sections |= {"slurm", "container"}
     sorted_keys = {item.partition("=")[0] for item in [*SAME_JOB, *OTHER_JOB]}
-    # One file cannot stand for two here, and there is only one template.
-    apart = {"data.train", "data.template"}
+    # One file cannot stand for two here, there is only one template, and a revision needs a hub's
+    # name beside it.
+    apart = {"data.train", "data.template", "model.revision"}
     parts = ("engine.stage3_", "engine.off", "model.rope.", "slurm.", "container.")
     options = {key for key in known_keys() if key.startswith(parts)}
     assert set(known_keys()) == sections | sorted_keys | apart | options
@@ -810,3 +814,26 @@ def test_numbers_have_a_range():
                     continue
                 unbounded.append((f"{section.__name__}.{name}", value))
     assert unbounded == []
+
+
+@pytest.mark.parametrize("name", ["org/name", "gpt2", "Org-1/a.b_c-d", "x/y"])
+def test_a_name_that_a_hub_takes(job_file, name):
+    """As huggingface_hub checks it."""
+    assert load(job_file, [f"model.path={name}"]).model.path == name
+    validate_repo_id(name)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "org/na me", "-org/name", "org/name.", "a--b", "n" * 97])
+def test_a_name_that_no_hub_takes(job_file, name):
+    """Seen before anything asks a hub."""
+    with pytest.raises(ConfigError, match="no folder here, and no name that a hub takes"):
+        load(job_file, [f"model.path={name}"])
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+
+
+@pytest.mark.parametrize("path", ["bundled:smollm2-135m", "."])
+def test_a_revision_is_of_a_hub_model(job_file, path):
+    """It would be ignored."""
+    with pytest.raises(ConfigError, match=r"model\.revision: a revision is of a hub model"):
+        load(job_file, [f"model.path={path}", "model.revision=main"])

@@ -195,7 +195,7 @@ REFUSED = {
     ],
     "images, video, audio and files are not supported": [
         "image", "images", "image_url", "image_path", "video", "videos", "audio", "audios",
-        "audio_path", "attachments", "multi_modal_data",
+        "audio_path", "attachments", "multi_modal_data", "media", "files", "documents",
     ],
     "preference data is not supported": [
         "chosen", "rejected", "rejected_response", "chosen_messages", "preferred_output",
@@ -223,6 +223,16 @@ def test_what_would_change_the_meaning_is_refused_by_name(key, reason):
         assert fault.startswith(f"conversation 'c': `{key}`: {reason}")
         (fault,) = parse(of(USER, ANSWER | {key: value}))
         assert fault.startswith(f"conversation 'c', turn 2: `{key}`: {reason}")
+
+
+@pytest.mark.parametrize("key", ["channel", "recipient", "skip", "ignore"])
+def test_what_means_something_in_a_turn_alone(key):
+    """Beside the turns the same word says where a conversation comes from."""
+    (fault,) = parse(of(USER, ANSWER | {key: "x"}))
+    assert fault.startswith(f"conversation 'c', turn 2: `{key}`: ")
+    ignored = IgnoredKeys()
+    assert isinstance(parse(of(USER, ANSWER | {key: False}, **{key: "x"}), ignored), Conversation)
+    assert ignored.counted()["conversation"] == {key: 1}
 
 
 @pytest.mark.parametrize("key", [key for key, _ in REFUSED_KEYS])

@@ -719,7 +719,7 @@ def test_the_key_changes_when_a_file_of_the_model_changes(job_file, tmp_path):
         "data.preprocess=lazy",
         "data.overlong=drop",
         "model.path=org/name",
-        "model.revision=v2",
+        "model={path: org/name, revision: v2}",
     ],
 )
 def test_the_key_changes_with_what_is_prepared(override, job_file):
