@@ -23,7 +23,7 @@ from sft_job.cli import StopRequest
 from sft_job.errors import DiskSpaceError, Interrupted, RunDirError, SftJobError, UserError
 from sft_job.files import put_aside
 from sft_job.hardware import Hardware
-from sft_job.launcher import ENCODES_FOR, SILENT_S
+from sft_job.launcher import ENCODES_FOR
 from sft_job.plan import Plan, plan_of
 from sft_job.prepared import Prepared, find_prepared
 from sft_job.rundir import RunDir
@@ -31,6 +31,8 @@ from sft_job.schema import JobConfig
 
 LOCK, RUNNING = ".lock", "running this job"
 POLL_S = 0.05
+# For deleting what is half made, of a large model too.
+CLEARING_S = 30.0
 
 
 def enter(
@@ -153,7 +155,7 @@ def _end(child: subprocess.Popen[str], stop: StopRequest) -> None:
     if child.poll() is not None:
         return
     child.terminate()
-    deadline = time.monotonic() + SILENT_S
+    deadline = time.monotonic() + CLEARING_S
     while child.poll() is None and time.monotonic() < deadline and stop.times < 3:
         time.sleep(POLL_S)
     if child.poll() is None:
