@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from sft_job import workers
+from sft_job import worker, workers
 from sft_job.attention import Choice
-from sft_job.errors import TrainingError
+from sft_job.errors import Interrupted, TrainingError
 from sft_job.files import append_line, read_records
 from sft_job.flops import Work
 from sft_job.metrics import Meter, useful_seconds
@@ -208,3 +208,40 @@ def test_gradients_of_exactly_0_are_said_and_end_the_training() -> None:
     assert "the gradient of step 2 is exactly 0" in said[0]
     with pytest.raises(TrainingError, match="exactly 0 in 5 steps in a row, the last of them 9"):
         step(0.0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (0, "no checkpoint has been saved yet"),
+        (14, "the last checkpoint, of step 14, is whole, but was not looked at for what went"),
+    ],
+)
+def test_a_failure_says_of_checkpoints_only_what_was_looked_at(saved: int, said: str) -> None:
+    """Numbers that are finite may have gone wrong long before: none is called good."""
+    trainer: Any = SimpleNamespace(
+        steps=SimpleNamespace(cache=SimpleNamespace(sources=lambda samples: ["a (d.json:2)"])),
+        _samples=[0],
+        last_saved=saved,
+        _scales_loss=False,
+        run_dir=SimpleNamespace(path="run"),
+    )
+    error = SftTrainer._failure(trainer, "the loss of step 15 is nan")
+    assert said in str(error)
+    assert "a (d.json:2)" in str(error)
+    assert "good" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("environ", "code"), [({}, 75), ({"TORCHELASTIC_RUN_ID": "1"}, 0)], ids=["srun", "torchrun"]
+)
+def test_a_stop_under_torchrun_says_that_it_cannot_end_with_75(
+    environ: dict[str, str], code: int, monkeypatch: Any, capsys: Any
+) -> None:
+    """It would start the ranks again; srun hands the code on."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    place = workers.Place(0, 0, 2, 2, "localhost", 1)
+    assert worker._stopped_without_launcher(Interrupted("interrupted by SIGTERM"), place) == code
+    assert ("torchrun cannot end with 75" in capsys.readouterr().out) == (code == 0)
