@@ -19,6 +19,7 @@ Figures are of the steps since the record before, over all ranks unless said oth
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import sys
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console as RichConsole
@@ -34,7 +35,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sft_job.attempt import METRICS
 from sft_job.cli import BestEffort
+from sft_job.errors import UserError
 from sft_job.flops import Work
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -211,6 +216,41 @@ class Silence(Reporter):
     def record(self, record: dict[str, Any], steps: int) -> None: ...
 
     def stop(self) -> None: ...
+
+
+class Tracker:
+    """A callback of `transformers.integrations`. It must begin, or the job does not; after that it
+    is not essential: what a full disk or a server that is away make of it ends its reports alone.
+
+    Args:
+        say: takes one line for people.
+    """
+
+    def __init__(self, callback: TrainerCallback, say: Callable[[str], None]) -> None:
+        self.callback, self.say = callback, say
+        self.ended = False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.callback, name)
+        return functools.partial(self._call, name, method) if name.startswith("on_") else method
+
+    def _call(self, event: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.ended:
+            return None
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # each tracker raises kinds of its own
+            who = type(self.callback).__name__.removesuffix("Callback")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if event in ("on_init_end", "on_train_begin"):
+                raise UserError(
+                    f"logging.report_to: {who} cannot begin: {reason}",
+                    remedy="log in to it, see that its server answers and its folder can be "
+                    "written, or leave it out",
+                ) from error
+            self.ended = True
+            self.say(f"note: {who} is reported to no further ({reason}); metrics.jsonl goes on")
+            return None
 
 
 def _minutes(seconds: float) -> str:

@@ -36,7 +36,7 @@ from sft_job.cli import StopRequest
 from sft_job.dataset import StepBatch, Steps
 from sft_job.errors import TrainingError
 from sft_job.files import write_atomically
-from sft_job.metrics import Meter, Reporter, peak_memory_gib
+from sft_job.metrics import Meter, Reporter, Tracker, peak_memory_gib
 from sft_job.plan import Plan, lost_lines
 from sft_job.prepared import Prepared
 from sft_job.rundir import RunDir
@@ -129,6 +129,11 @@ class SftTrainer(Trainer):
             optimizer_cls_and_kwargs=self._offloaded_optimizer(args),
         )
         self.remove_callback(PrinterCallback)  # the reporter says it
+        # Trackers begin with the training; the Trainer makes them from report_to.
+        self.callback_handler.callbacks = [
+            Tracker(one, reporter.say) if ".integrations." in type(one).__module__ else one
+            for one in self.callback_handler.callbacks
+        ]
 
     @property
     def _is_zero3(self) -> bool:

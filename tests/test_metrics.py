@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from sft_job import worker, workers
 from sft_job.attention import Choice
-from sft_job.errors import Interrupted, TrainingError
+from sft_job.errors import Interrupted, TrainingError, UserError
 from sft_job.files import append_line, read_records
 from sft_job.flops import Work
-from sft_job.metrics import Meter, useful_seconds
+from sft_job.metrics import Meter, Tracker, useful_seconds
 from sft_job.trainer import SftTrainer
 from sft_job.workers import Phases
 from tests import ranks
@@ -208,6 +209,36 @@ def test_gradients_of_exactly_0_are_said_and_end_the_training() -> None:
     assert "the gradient of step 2 is exactly 0" in said[0]
     with pytest.raises(TrainingError, match="exactly 0 in 5 steps in a row, the last of them 9"):
         step(0.0)
+
+
+class FullDisk(TrainerCallback):
+    """A tracker whose disk is full from its first report on."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_tracker_that_fails_ends_its_reports_alone() -> None:
+    """Said once; the training goes on."""
+    said: list[str] = []
+    tracker = Tracker(FullDisk(), said.append)
+    for event in ("on_train_begin", "on_log", "on_log", "on_train_end"):
+        assert getattr(tracker, event)(None, None, None) is None
+    (line,) = said
+    assert line.startswith("note: FullDisk is reported to no further (OSError: [Errno 28] No space")
+
+
+def test_a_tracker_that_cannot_begin_ends_the_job_before_its_first_step() -> None:
+    """It was asked for by name."""
+
+    class Unknown(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise ConnectionError("no server at localhost")
+
+    with pytest.raises(UserError, match="Unknown cannot begin: ConnectionError: no server at loc"):
+        Tracker(Unknown(), print).on_train_begin(None, None, None)
 
 
 @pytest.mark.parametrize(
