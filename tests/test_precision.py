@@ -118,6 +118,7 @@ def test_precision_auto_goes_on_elsewhere(folder: Path, job: Path, engine: str) 
     stored = json.loads(run.job_file.read_text())
     stored["train"]["precision"] = "fp32"  # as if it had been auto
     run.job_file.write_text(json.dumps(stored))
+    run.identity.unlink()  # which would know better
     options = [f"engine.type={engine}", f"run.dir={run.path}", "train.precision=fp32"]
     result = sft_job("train", job, *options)
     if engine == "fsdp":

@@ -97,7 +97,8 @@ def test_text_is_kept_as_it_is_written(job_file, text):
         job_file.read_text()
         + f"slurm: {{gpus_per_node: 1, account: {text}, extra: {{begin: {text}}}}}\n"
     )
-    config = load(job_file, [f"model.revision={text}", f"slurm.qos={text}"])
+    options = ["model.path=org/name", f"model.revision={text}", f"slurm.qos={text}"]
+    config = load(job_file, options)
     assert config.model.revision == text
     assert (config.slurm.account, config.slurm.qos) == (text, text)
     given = config.slurm.extra["begin"]
@@ -270,6 +271,7 @@ def test_overrides_that_mean_nothing(job_file, override, said):
 
 
 def test_a_quoted_override_is_what_stands_in_the_quotes(job_file):
-    loaded = load(job_file, ['run.dir="runs/x #2"', "model.revision='&a b'"])
+    hub = ["model.path=org/name", "model.revision='&a b'"]
+    loaded = load(job_file, ['run.dir="runs/x #2"', *hub])
     assert loaded.run.dir.endswith("runs/x #2")
     assert loaded.model.revision == "&a b"
