@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sft_job import seal
 from sft_job.errors import DiskSpaceError, FileError, SftJobError
@@ -43,53 +43,68 @@ MAKING_S = 3600.0
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
-    beside = _beside(path, text)
-    try:
+    with _beside(path, text) as beside:
         try:
             os.replace(beside, path)
         except IsADirectoryError:
             put_aside(path)
             os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
     fsync_dir(path.parent)
 
 
 def create(path: Path, text: str) -> bool:
     """Make a file with its content at once, if nobody has; returns whether it was made here."""
-    beside = _beside(path, text)
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        return False
-    except OSError as error:  # a file system without hard links
-        if error.errno not in UNSUPPORTED:
-            raise
+    with _beside(path, text) as beside:
         try:
-            _rename_noreplace(beside, path)
+            os.link(beside, path)
         except FileExistsError:
             return False
-    finally:
-        beside.unlink(missing_ok=True)
+        except OSError as error:  # a file system without hard links
+            if error.errno not in UNSUPPORTED:
+                raise
+            try:
+                _rename_noreplace(beside, path)
+            except FileExistsError:
+                return False
     fsync_dir(path.parent)
     return True
 
 
-def _beside(path: Path, text: str) -> Path:
-    """The content on disk, under a name of its own."""
+@contextlib.contextmanager
+def _beside(path: Path, text: str) -> Iterator[Path]:
+    """The content on disk, under a name of its own; locked, so that `clear_unwritten` can tell
+    whether its writer lives."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    file, beside = _locked_beside(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _locked_beside(path: Path) -> tuple[IO[str], Path]:
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        file = os.fdopen(handle, "w", encoding="utf-8")
+        with contextlib.suppress(OSError):  # where a file system has no locks nothing is cleared
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # not cleared before it was locked
+            return file, Path(name)
+        file.close()
+
+
+def clear_unwritten(*files: Path) -> None:
+    """Delete what killed writers of these files (names may be patterns) have left."""
+    for path in files:
+        for left in path.parent.glob(f".{path.name}.????????"):
+            with contextlib.suppress(OSError), open(left, "r+") as file:
+                if _try_lock(file.fileno()):
+                    left.unlink()
 
 
 def _rename_noreplace(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from sft_job import seal
 from sft_job.errors import ModelError
 from sft_job.facts import KNOWN_FACTS, ModelFacts, read_facts
-from sft_job.files import read_json, write_atomically
+from sft_job.files import clear_unwritten, read_json, write_atomically
 from sft_job.modelfiles import check_tokenizer_files
 from sft_job.rundir import CacheDir
 from sft_job.schema import JobConfig
@@ -163,6 +163,7 @@ def write_stamp(
         "model_seal": None if own else seal.make(model_folder, files),
     }
     file = CacheDir(config.cache_dir).prepared(prepared_key(config))
+    clear_unwritten(file.with_name("*.json"))
     write_atomically(file, json.dumps(stamp, indent=1) + "\n")
     return _read_stamp(file)
 

@@ -15,7 +15,15 @@ from typing import Any
 
 from sft_job import seal
 from sft_job.attempt import Attempt
-from sft_job.files import create, discard, publish, put_aside, read_json, write_atomically
+from sft_job.files import (
+    clear_unwritten,
+    create,
+    discard,
+    publish,
+    put_aside,
+    read_json,
+    write_atomically,
+)
 from sft_job.modelfiles import weight_files
 from sft_job.rundir import RunDir
 
@@ -60,6 +68,8 @@ def clear_left_over(attempt: Attempt) -> None:
     alive: it finds its folder gone and publishes nothing."""
     for left in attempt.run_dir.half_made(attempt.number):
         discard(left)
+    run_dir = attempt.run_dir
+    clear_unwritten(*(file for file in vars(run_dir).values() if file.parent == run_dir.path))
 
 
 def publish_model(attempt: Attempt, beside: Path) -> Any:

@@ -177,3 +177,36 @@ def test_a_file_in_the_place_of_a_cache_folder_is_put_aside(tmp_path: Path, caps
     assert not files.is_intact(tmp_path / "f")
     assert (tmp_path / "replaced-1-f").read_text() == "x"
     assert "f is no folder: now replaced-1-f" in capsys.readouterr().err
+
+
+def test_what_a_killed_writer_has_left_is_cleared_away(tmp_path: Path) -> None:
+    """Not what another writes at this moment, nor hidden files of other names."""
+    path = tmp_path / "plan.json"
+    left, foreign = tmp_path / ".plan.json.a1b2c3d4", tmp_path / ".settings.of_users"
+    for file in (left, foreign):
+        file.write_text("{")
+    with files._beside(path, "{}") as written:
+        files.clear_unwritten(path)
+        assert written.is_file()
+    assert not written.exists()
+    assert not left.exists()
+    assert foreign.is_file()
+
+
+def test_a_writer_whose_file_is_cleared_before_it_is_locked_makes_another(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Between the two it may be taken for one that a killed writer has left."""
+    flock, cleared = files.fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not cleared:
+            cleared.extend(tmp_path.glob(".x.*"))
+            cleared[0].unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    files.write_atomically(tmp_path / "x", "text")
+    assert (tmp_path / "x").read_text() == "text"
+    assert cleared
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

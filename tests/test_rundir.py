@@ -245,7 +245,7 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert names(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("broken", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("broken", ["fsync", "fchmod", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(broken, tmp_path, monkeypatch):
     """A full disk, at whatever moment it is noticed."""
     path = tmp_path / "x"
