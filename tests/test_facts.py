@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,13 +184,19 @@ def another_user() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_what_a_user_may_not_read_is_not_called_damaged(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that other users may enter, whatever the modes of the folders of tests."""
+    folder = Path(tempfile.mkdtemp(prefix="sft-job-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_what_a_user_may_not_read_is_not_called_damaged(open_folder: Path) -> None:
     """The reason is the real one, for config.json, weights and the folder itself."""
-    folder = model_folder(tmp_path / "m")
+    folder = model_folder(open_folder / "m")
     weights(folder / "model.safetensors", {"a": [1]})
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)
-    tmp_path.chmod(0o755)
     for closed in (folder / "model.safetensors", folder / "config.json", folder):
         closed.chmod(0)
         try:
