@@ -55,7 +55,7 @@ AWKWARD = [
     "${", "$(x)", "$1", "~nobody-at-all/x", "~/x", "/", ".", "..", "x" * 300, "/x" * 3000, "\x00",
     "\x07", "\x7f", "\x85", "\u2028", "\ufeff", "é", "名", "\U0001f600", "#", " # x", ": ", "a: b",
     "- - - - ", "[" * 40, "{a: " * 40, "---", "...", "\n", "\r\n", "\t", "  ", "auto", "none",
-    "conversations.json/below", "/dev/null", "/dev/null/x", "/proc/1/root/x", "docker://x/y",
+    "conversations.json/below", "/dev/null", "/dev/null/x", "/proc/1/cwd/x", "docker://x/y",
 ]  # fmt: skip
 
 MARKS = " \t\n:,[]{}&*!|>'\"%@`#-?.$~/=abc019"
