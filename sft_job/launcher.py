@@ -270,8 +270,8 @@ class Workers:
                 record = read_json(self.run_dir.error(self.attempt, rank))
             except (OSError, ValueError):
                 return None
-        whole = {"time", "message", "expected", "exit_code"} <= record.keys()
-        return record if whole else None
+        wanted = {"time", "message", "expected", "exit_code"}
+        return record if isinstance(record, dict) and wanted <= record.keys() else None
 
 
 class _Silent:

@@ -133,6 +133,15 @@ def test_a_killed_worker_is_the_cause_of_what_the_others_report(run_dir):
     assert "rank 1 was ended by signal SIGKILL" in str(chosen(run_dir, 1, -9))
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "7", '"x"', "{}", '{"time"'])
+def test_an_error_file_that_is_damaged_is_no_message(text, run_dir):
+    """The end of the log is shown instead."""
+    run_dir.logs(1).mkdir(parents=True, exist_ok=True)
+    run_dir.error(1, 0).write_text(text)
+    run_dir.log(1, 0).write_text("the last words")
+    assert "the last words" in str(Workers(run_dir, 1, 1)._first_failure([4]))
+
+
 def test_a_worker_without_message_is_shown_by_the_end_of_its_log(run_dir):
     """The last 20 lines: where the interpreter itself gives up."""
     run_dir.log(1, 1).write_bytes(b"".join(b"line %d \xff\n" % n for n in range(100)))
